@@ -1,0 +1,199 @@
+"""Self-attention over rows of tokens, ragged or not, through one function with three backends.
+
+`sdpa` is PyTorch's scaled_dot_product_attention: rows stay padded and padded keys are masked out.
+`flash_attn` is the flash-attn package on CUDA in half precision: ragged rows are packed end to
+end once per forward pass, so that no layer computes padding.
+`matmul` is what "auto" takes on a CPU in half precision for the short rows of patches: batched
+matrix products and their backward, several times faster there than sdpa's tiled kernel
+(benchmarks/attention.py).
+"""
+
+import importlib
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHOICES = ("auto", "flash_attn", "sdpa")
+LONGEST_MATMUL_ROW = 256  # tokens: above, the K x K scores outgrow the cache and sdpa wins
+HALF = (torch.float16, torch.bfloat16)
+
+
+def check_attention(attention: str) -> None:
+    """Raise ValueError unless `attention` is a choice."""
+    if attention not in CHOICES:
+        raise ValueError(f"attention={attention!r}: choose one of {', '.join(CHOICES)}")
+
+
+@cache
+def _flash_attn_module():
+    """flash-attn 2.x where installed, else its CuTe version (flash-attn-4), else None."""
+    for name in ("flash_attn.flash_attn_interface", "flash_attn.cute"):
+        try:
+            return importlib.import_module(name)
+        except ImportError:
+            continue
+    return None
+
+
+def choose_backend(
+    attention: str, device: torch.device, dtype: torch.dtype, row_length: int = 0
+) -> str:
+    """The backend that `attention` means for rows of this device, dtype and length.
+
+    Arguments
+    ---------
+    attention : str
+        "sdpa", "flash_attn" or "auto": flash-attn when it is installed and the tensors are in
+        half precision on a CUDA device, matmul for short rows in half precision on a CPU, else
+        sdpa.
+
+    Raises
+    ------
+    ValueError
+        If flash-attn is asked for and cannot serve; the message says what is missing.
+
+    Example
+    -------
+    >>> choose_backend("auto", torch.device("cpu"), torch.float32, row_length=65)
+    'sdpa'
+    """
+    check_attention(attention)
+    if attention == "sdpa":
+        return "sdpa"
+    fits = device.type == "cuda" and dtype in HALF
+    if fits and _flash_attn_module() is not None:
+        return "flash_attn"
+    if attention == "auto":
+        short = device.type == "cpu" and dtype in HALF and row_length <= LONGEST_MATMUL_ROW
+        return "matmul" if short else "sdpa"
+    if not fits:
+        raise ValueError(
+            f"attention=flash_attn needs half precision on a CUDA device, got {dtype} on {device}: "
+            "use --precision bf16 --device cuda, or attention=auto"
+        )
+    raise ValueError(
+        "attention=flash_attn, but flash-attn is not installed: "
+        "pip install 'speechbrain-jepa[flash]', or use attention=auto"
+    )
+
+
+class Rows:
+    """A batch of token rows in the layout its attention backend wants.
+
+    `pack` brings [B, K, D] into that layout, `unpack` brings it back (padding as zeros), and
+    `attend` runs attention within each row. Every layer in between works on the last axis alone.
+
+    Arguments
+    ---------
+    attention : str
+        See `choose_backend`.
+    tokens : Tensor [B, K, D]
+        Only shape, device and dtype are used.
+    valid : Tensor [B, K], bool, or None
+        False marks padding. None: every token counts.
+
+    Example
+    -------
+    >>> x = torch.randn(2, 3, 8)
+    >>> rows = Rows("auto", x, valid=torch.tensor([[True, True, False], [True, True, True]]))
+    >>> qkv = torch.cat([x, x, x], -1)
+    >>> rows.attend(qkv, num_heads=2).shape
+    torch.Size([2, 3, 8])
+    """
+
+    def __init__(self, attention: str, tokens: Tensor, valid: Tensor | None = None):
+        self.backend = choose_backend(
+            attention, tokens.device, tokens.dtype, row_length=tokens.shape[1]
+        )
+        self.valid = valid
+        self.packed = self.backend == "flash_attn" and valid is not None
+        self.key_mask = None
+        if self.packed:
+            self.shape = valid.shape
+            self.place = valid.flatten().nonzero().squeeze(1)
+            self.starts = F.pad(valid.sum(1).cumsum(0, dtype=torch.int32), (1, 0))
+        elif valid is not None:
+            # a row without any valid token would make softmax divide 0 by 0: let it see itself
+            some = valid | ~valid.any(1, keepdim=True)
+            bias = torch.zeros(some.shape, dtype=tokens.dtype, device=tokens.device)
+            self.key_mask = bias.masked_fill_(~some, float("-inf"))[:, None, None, :]
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[B, K, D] to the backend's layout."""
+        return x.flatten(0, 1)[self.place] if self.packed else x
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """The backend's layout to [B, K, D]; tokens that are not valid become zero."""
+        if self.packed:
+            rows, width = self.shape
+            padded = x.new_zeros(rows * width, x.shape[-1])
+            return padded.index_copy(0, self.place, x).view(rows, width, -1)
+        if self.valid is not None:
+            return x.masked_fill(~self.valid[..., None], 0.0)
+        return x
+
+    def attend(self, qkv: Tensor, num_heads: int) -> Tensor:
+        """Queries, keys and values side by side [..., 3 D] to attended values [..., D]."""
+        if self.backend == "matmul":
+            return _MatmulAttention.apply(qkv, num_heads, self.key_mask)
+        q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(-3)  # [..., heads, head_dim]
+        if self.backend == "sdpa":
+            q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.key_mask)
+            return out.transpose(1, 2).flatten(-2)
+        flash = _flash_attn_module()
+        if self.packed:
+            out = flash.flash_attn_varlen_func(
+                q,
+                k,
+                v,
+                cu_seqlens_q=self.starts,
+                cu_seqlens_k=self.starts,
+                max_seqlen_q=self.shape[1],
+                max_seqlen_k=self.shape[1],
+            )
+        else:
+            out = flash.flash_attn_func(q, k, v)
+        out = out[0] if isinstance(out, tuple) else out  # some versions return (out, lse)
+        return out.flatten(-2)
+
+
+class _MatmulAttention(torch.autograd.Function):
+    """Attention of short rows by batched matrix products, heads as extra rows of the batch.
+
+    Written out because autograd of the same lines copies queries, keys and values apart and
+    together again, and keeps the scores from before the softmax.
+    """
+
+    @staticmethod
+    def forward(ctx, qkv: Tensor, num_heads: int, key_mask: Tensor | None) -> Tensor:
+        heads = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).contiguous()
+        scale = heads.shape[-1] ** -0.5
+        q, k, v = heads.flatten(1, 2)  # [B * heads, K, head_dim] each
+        scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
+        if key_mask is not None:
+            scores.unflatten(0, (-1, num_heads)).add_(key_mask)
+        weights = scores.softmax(-1)
+        out = torch.bmm(weights, v)
+        ctx.save_for_backward(heads, weights)
+        return out.unflatten(0, (-1, num_heads)).transpose(1, 2).flatten(-2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        heads, weights = ctx.saved_tensors
+        _, rows, num_heads, length, head_dim = heads.shape
+        q, k, v = heads.flatten(1, 2)
+        grad = grad.unflatten(-1, (num_heads, head_dim)).transpose(1, 2).reshape(v.shape)
+        grad_heads = torch.empty_like(heads)
+        grad_q, grad_k, grad_v = grad_heads.flatten(1, 2)
+        torch.bmm(weights.transpose(1, 2), grad, out=grad_v)
+        grad_weights = torch.bmm(grad, v.transpose(1, 2))
+        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+        grad_scores.mul_(head_dim**-0.5)
+        torch.bmm(grad_scores, k, out=grad_q)
+        torch.bmm(grad_scores.transpose(1, 2), q, out=grad_k)
+        grad_qkv = grad_heads.permute(1, 3, 0, 2, 4).reshape(rows, length, -1)
+        return grad_qkv, None, None

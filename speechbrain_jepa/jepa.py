@@ -1,0 +1,152 @@
+"""The Joint-Embedding Predictive Architecture of the paper's section 3: two encoders, a predictor.
+
+Shapes: B clips, Kc context and Kt target patches, D embedding dims.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from speechbrain_jepa.losses import PatchLoss
+from speechbrain_jepa.masking import PatchMasks
+from speechbrain_jepa.vit import Encoder, Predictor
+
+TARGET_DOMAINS = ("audio", "latent")
+TARGET_NORM_EPS = 1e-6
+
+
+@dataclass
+class JEPAOutput:
+    """What one forward pass gives.
+
+    Arguments
+    ---------
+    loss : Tensor, scalar, float32
+    predictions : Tensor [B, Kt, D]
+    targets : Tensor [B, Kt, D], float32
+        Normalised as the loss saw them, detached.
+    target_valid : Tensor [B, Kt], bool, or None
+    """
+
+    loss: Tensor
+    predictions: Tensor
+    targets: Tensor
+    target_valid: Tensor | None
+
+
+class JEPA(nn.Module):
+    """Predicts the target encoder's view of the target patches from the context patches.
+
+    The target encoder starts as a copy of the context encoder and follows it as an exponential
+    moving average (equation 1). It never takes gradients and is always in eval mode.
+
+    Arguments
+    ---------
+    encoder : Encoder
+        The context encoder f_theta.
+    predictor : Predictor
+    loss : PatchLoss
+    target_masking : str
+        "audio": the target encoder sees the target patches only (the paper's choice).
+        "latent": it sees all patches, and the targets are picked from its output (Table 3).
+    normalize_targets : bool
+        Each target to zero mean and unit variance over its features (eps 1e-6). Default True.
+
+    Raises
+    ------
+    ValueError
+        If `target_masking` is neither "audio" nor "latent".
+
+    Example
+    -------
+    >>> from speechbrain_jepa.losses import SmoothL1
+    >>> from speechbrain_jepa.masking import UnstructuredMasking
+    >>> from speechbrain_jepa.vit import PatchGrid
+    >>> grid = PatchGrid(frames=208)
+    >>> jepa = JEPA(
+    ...     Encoder(grid, dim=48, depth=1, num_heads=3),
+    ...     Predictor(grid, encoder_dim=48, dim=32, depth=1, num_heads=2),
+    ...     SmoothL1(),
+    ... )
+    >>> output = jepa(torch.randn(4, 80, 208), UnstructuredMasking(grid)(4))
+    >>> output.loss.backward()
+    >>> jepa.update_target(rate=0.99)
+    >>> output.predictions.shape
+    torch.Size([4, 39, 48])
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        predictor: Predictor,
+        loss: PatchLoss,
+        target_masking: str = "audio",
+        normalize_targets: bool = True,
+    ):
+        super().__init__()
+        if target_masking not in TARGET_DOMAINS:
+            raise ValueError(
+                f"target_masking={target_masking!r}: choose one of {', '.join(TARGET_DOMAINS)}"
+            )
+        self.context_encoder = encoder
+        self.target_encoder = copy.deepcopy(encoder).requires_grad_(False).eval()
+        self.predictor = predictor
+        self.loss = loss
+        self.target_masking = target_masking
+        self.normalize_targets = normalize_targets
+
+    def train(self, mode: bool = True) -> "JEPA":
+        super().train(mode)
+        self.target_encoder.eval()
+        return self
+
+    def forward(self, spectrogram: Tensor, masks: PatchMasks) -> JEPAOutput:
+        """
+        Arguments
+        ---------
+        spectrogram : Tensor [B, bands, frames]
+            Normalised log-mel of the grid's size.
+        masks : PatchMasks
+            Of the same B clips.
+
+        Returns
+        -------
+        JEPAOutput
+        """
+        targets = self.targets(spectrogram, masks)
+        context = self.context_encoder(spectrogram, masks.context_index, masks.context_valid)
+        predictions = self.predictor(
+            context,
+            masks.context_index,
+            masks.target_index,
+            masks.context_valid,
+            masks.target_valid,
+        )
+        loss = self.loss(predictions, targets, masks.target_valid)
+        return JEPAOutput(loss, predictions, targets, masks.target_valid)
+
+    @torch.no_grad()
+    def targets(self, spectrogram: Tensor, masks: PatchMasks) -> Tensor:
+        """What the predictor should say: [B, Kt, D], float32, normalised per patch."""
+        index = masks.target_index
+        if self.target_masking == "audio":
+            targets = self.target_encoder(spectrogram, index, masks.target_valid)
+        else:
+            targets = self.target_encoder(spectrogram)
+            targets = targets.gather(1, index[..., None].expand(-1, -1, targets.shape[-1]))
+        targets = targets.float()
+        if self.normalize_targets:
+            targets = F.layer_norm(targets, targets.shape[-1:], eps=TARGET_NORM_EPS)
+        return targets
+
+    @torch.no_grad()
+    def update_target(self, rate: float) -> None:
+        """target <- rate * target + (1 - rate) * context, for all parameters at once (eq. 1)."""
+        torch._foreach_lerp_(
+            list(self.target_encoder.parameters()),
+            list(self.context_encoder.parameters()),
+            1 - rate,
+        )

@@ -1,0 +1,387 @@
+"""The vision transformers of the paper's section 4.1: encoder and predictor.
+
+Shapes: B clips, F frequency and T time patches, N = F * T patches, K of them visible, D dims.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from speechbrain_jepa.attention import Rows, check_attention
+from speechbrain_jepa.features import N_MELS
+
+
+@dataclass(frozen=True)
+class PatchGrid:
+    """How a spectrogram is cut into patches, numbered row by row (index = f * T + t).
+
+    Arguments
+    ---------
+    frames : int
+        Length of a training crop. Default 208 (2.1 s); the paper's others are 320 and 640.
+    patch_frequency, patch_time : int
+        Mel bands and frames of a patch. Default 16 x 16. 16 x 4 and 80 x 2 give finer time.
+    bands : int
+        Mel bands of the spectrogram. Default 80.
+
+    Raises
+    ------
+    ValueError
+        If patches do not tile the spectrogram.
+
+    Example
+    -------
+    >>> grid = PatchGrid(frames=208)
+    >>> grid.frequency_patches, grid.time_patches, grid.num_patches
+    (5, 13, 65)
+    """
+
+    frames: int = 208
+    patch_frequency: int = 16
+    patch_time: int = 16
+    bands: int = N_MELS
+
+    def __post_init__(self):
+        for name, size, patch_name, patch in (
+            ("bands", self.bands, "patch_frequency", self.patch_frequency),
+            ("crop_frames", self.frames, "patch_time", self.patch_time),
+        ):
+            if patch < 1 or size < patch or size % patch:
+                below = max(size // patch, 1) * patch if patch >= 1 else size
+                raise ValueError(
+                    f"{name}={size} is not a multiple of {patch_name}={patch}: "
+                    f"use {below} or {below + max(patch, 1)}"
+                )
+
+    @property
+    def frequency_patches(self) -> int:
+        return self.bands // self.patch_frequency
+
+    @property
+    def time_patches(self) -> int:
+        return self.frames // self.patch_time
+
+    @property
+    def num_patches(self) -> int:
+        return self.frequency_patches * self.time_patches
+
+    @property
+    def patch_values(self) -> int:
+        return self.patch_frequency * self.patch_time
+
+    def patches(self, spectrogram: Tensor) -> Tensor:
+        """[B, bands, frames] to [B, N, patch_values], of any whole number of patches in time."""
+        rows = spectrogram.unflatten(1, (-1, self.patch_frequency))
+        tiles = rows.unflatten(3, (-1, self.patch_time))  # [B, F, bands, T, frames]
+        return tiles.transpose(2, 3).flatten(3).flatten(1, 2)
+
+
+def sincos_positions(frequency_patches: int, time_patches: int, dim: int) -> Tensor:
+    """Fixed 2-D sine-cosine positions [F * T, dim]: one half for frequency, one for time.
+
+    Each half holds sin(p w) and cos(p w) of the patch's coordinate p for the dim / 4 frequencies
+    w = 10000 ** (-i / (dim / 4)), as in MAE and I-JEPA.
+
+    Example
+    -------
+    >>> sincos_positions(5, 13, 768).shape
+    torch.Size([65, 768])
+    """
+    if dim % 4:
+        raise ValueError(f"dim={dim}: 2-D sine-cosine positions need a multiple of 4")
+    quarter = dim // 4
+    omega = 10_000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+
+    def axis(length):
+        angle = torch.arange(length, dtype=torch.float64)[:, None] * omega
+        return torch.cat([angle.sin(), angle.cos()], 1)
+
+    by_frequency = axis(frequency_patches)[:, None].expand(-1, time_patches, -1)
+    by_time = axis(time_patches)[None].expand(frequency_patches, -1, -1)
+    return torch.cat([by_frequency, by_time], -1).flatten(0, 1).float()
+
+
+def _working_dtype(x: Tensor) -> torch.dtype:
+    """Autocast's dtype where autocast is on, else float32 parameters' own."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return torch.float32
+
+
+class Linear(nn.Linear):
+    """A linear layer that works in the dtype of its input, whatever its parameters are kept in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm that works in the dtype of its input (its sums are float32 all the same)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
+
+    def forward(self, x: Tensor, rows: Rows) -> Tensor:
+        return self.proj(rows.attend(self.qkv(x), self.num_heads))
+
+
+class MLP(nn.Module):
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer layer."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, norm_eps: float):
+        super().__init__()
+        self.norm1 = LayerNorm(dim, eps=norm_eps)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = LayerNorm(dim, eps=norm_eps)
+        self.mlp = MLP(dim, round(dim * mlp_ratio))
+
+    def forward(self, x: Tensor, rows: Rows) -> Tensor:
+        x = x + self.attn(self.norm1(x), rows)
+        return x + self.mlp(self.norm2(x))
+
+
+def _initialize(module: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases, as in the released code."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+def _check_heads(dim: int, num_heads: int) -> None:
+    if dim % num_heads:
+        raise ValueError(f"dim={dim} is not a multiple of num_heads={num_heads}")
+
+
+class Encoder(nn.Module):
+    """A ViT over the visible patches of a log-mel spectrogram (f_theta of section 3.1).
+
+    Only visible patches are embedded. Under autocast the whole encoder works in autocast's dtype.
+
+    Arguments
+    ---------
+    grid : PatchGrid
+    dim, depth, num_heads : int
+        Default ViT-Base: 768, 12, 12.
+    mlp_ratio : float
+        Width of the hidden layer over `dim`. Default 4.
+    norm_eps : float
+        Of the layer norms. Default 1e-6 (M2D, MATPAC); the released JEPA code has 1e-5.
+    attention : str
+        "auto", "flash_attn" or "sdpa" (see `speechbrain_jepa.attention`).
+
+    Example
+    -------
+    >>> encoder = Encoder(PatchGrid(frames=208), dim=48, depth=2, num_heads=3)
+    >>> spectrogram = torch.randn(4, 80, 208)
+    >>> encoder(spectrogram).shape
+    torch.Size([4, 65, 48])
+    >>> encoder(spectrogram, index=torch.arange(26).expand(4, -1), all_layers=True).shape
+    torch.Size([3, 4, 26, 48])
+    """
+
+    def __init__(
+        self,
+        grid: PatchGrid,
+        dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        norm_eps: float = 1e-6,
+        attention: str = "auto",
+    ):
+        super().__init__()
+        _check_heads(dim, num_heads)
+        check_attention(attention)
+        self.grid = grid
+        self.dim = dim
+        self.attention = attention
+        self.config = dict(
+            dim=dim, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio, norm_eps=norm_eps
+        )
+        self.patch_embed = Linear(grid.patch_values, dim)
+        positions = sincos_positions(grid.frequency_patches, grid.time_patches, dim)
+        self.register_buffer("positions", positions, persistent=False)
+        self.blocks = nn.ModuleList(
+            Block(dim, num_heads, mlp_ratio, norm_eps) for _ in range(depth)
+        )
+        self.norm = LayerNorm(dim, eps=norm_eps)
+        self.apply(_initialize)
+
+    def forward(
+        self,
+        spectrogram: Tensor,
+        index: Tensor | None = None,
+        valid: Tensor | None = None,
+        all_layers: bool = False,
+    ) -> Tensor:
+        """
+        Arguments
+        ---------
+        spectrogram : Tensor [B, bands, frames]
+            Normalised log-mel; at most the grid's frames, a whole number of patches.
+        index : Tensor [B, K], int64, or None
+            The visible patches. None: all of them.
+        valid : Tensor [B, K], bool, or None
+            False marks padding: no token attends to it, and its output is zero.
+        all_layers : bool
+            Also give what enters the first layer and leaves each.
+
+        Returns
+        -------
+        Tensor [B, K, D], or [1 + depth, B, K, D]
+            The last layer is behind the final layer norm, the ones before are not.
+        """
+        patches = self.grid.patches(spectrogram)
+        positions = self._positions_for(spectrogram)
+        if index is None:
+            positions = positions.expand(len(patches), -1, -1)
+        else:
+            patches = patches.gather(1, index[..., None].expand(-1, -1, patches.shape[-1]))
+            positions = F.embedding(index, positions)
+        dtype = _working_dtype(spectrogram)
+        with torch.autocast(spectrogram.device.type, enabled=False):
+            x = self.patch_embed(patches.to(dtype)) + positions.to(dtype)
+            rows = Rows(self.attention, x, valid)
+            x = rows.pack(x)
+            layers = [x]
+            for block in self.blocks:
+                x = block(x, rows)
+                layers.append(x)
+            layers[-1] = self.norm(x)
+            if all_layers:
+                return torch.stack([rows.unpack(layer) for layer in layers])
+            return rows.unpack(layers[-1])
+
+    def _positions_for(self, spectrogram: Tensor) -> Tensor:
+        """Positions [N', D] of a spectrogram no longer than the grid."""
+        bands, frames = spectrogram.shape[1:]
+        grid = self.grid
+        if bands != grid.bands or frames > grid.frames or frames % grid.patch_time:
+            raise ValueError(
+                f"spectrogram of {bands} bands x {frames} frames: this encoder takes "
+                f"{grid.bands} bands and at most {grid.frames} frames in multiples of "
+                f"{grid.patch_time}; cut longer audio into windows, pad shorter audio"
+            )
+        if frames == grid.frames:
+            return self.positions
+        by_time = self.positions.unflatten(0, (grid.frequency_patches, grid.time_patches))
+        return by_time[:, : frames // grid.patch_time].flatten(0, 1)
+
+
+class Predictor(nn.Module):
+    """A narrow ViT that predicts target representations from the context (g_phi, section 3.1).
+
+    Its tokens are the context representations and, for every target, one shared learnable mask
+    token; both get the fixed position of their patch.
+
+    Arguments
+    ---------
+    grid : PatchGrid
+    encoder_dim : int
+        Dims of the representations it reads and predicts. Default 768.
+    dim, depth, num_heads : int
+        Default 512, 8, 16.
+    mlp_ratio, norm_eps, attention
+        As in `Encoder`.
+
+    Example
+    -------
+    >>> grid = PatchGrid(frames=208)
+    >>> predictor = Predictor(grid, encoder_dim=48, dim=32, depth=1, num_heads=4)
+    >>> context, target = torch.arange(26).expand(4, -1), torch.arange(26, 65).expand(4, -1)
+    >>> predictor(torch.randn(4, 26, 48), context, target).shape
+    torch.Size([4, 39, 48])
+    """
+
+    def __init__(
+        self,
+        grid: PatchGrid,
+        encoder_dim: int = 768,
+        dim: int = 512,
+        depth: int = 8,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        norm_eps: float = 1e-6,
+        attention: str = "auto",
+    ):
+        super().__init__()
+        _check_heads(dim, num_heads)
+        check_attention(attention)
+        self.attention = attention
+        self.proj_in = Linear(encoder_dim, dim)
+        self.mask_token = nn.Parameter(torch.empty(dim))
+        positions = sincos_positions(grid.frequency_patches, grid.time_patches, dim)
+        self.register_buffer("positions", positions, persistent=False)
+        self.blocks = nn.ModuleList(
+            Block(dim, num_heads, mlp_ratio, norm_eps) for _ in range(depth)
+        )
+        self.norm = LayerNorm(dim, eps=norm_eps)
+        self.proj_out = Linear(dim, encoder_dim)
+        self.apply(_initialize)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(
+        self,
+        context: Tensor,
+        context_index: Tensor,
+        target_index: Tensor,
+        context_valid: Tensor | None = None,
+        target_valid: Tensor | None = None,
+    ) -> Tensor:
+        """
+        Arguments
+        ---------
+        context : Tensor [B, Kc, D]
+            Representations of the context patches.
+        context_index, target_index : Tensor [B, Kc] and [B, Kt], int64
+        context_valid, target_valid : Tensor [B, Kc] and [B, Kt], bool, or None
+
+        Returns
+        -------
+        Tensor [B, Kt, D]
+        """
+        num_targets = target_index.shape[1]
+        positions = self.positions.to(context.dtype)
+        with torch.autocast(context.device.type, enabled=False):
+            targets = self.mask_token.to(context.dtype) + F.embedding(target_index, positions)
+            context = self.proj_in(context) + F.embedding(context_index, positions)
+            x = torch.cat([targets, context], 1)
+            valid = _join_valid(target_index, target_valid, context_index, context_valid)
+            rows = Rows(self.attention, x, valid)
+            x = rows.pack(x)
+            for block in self.blocks:
+                x = block(x, rows)
+            x = rows.unpack(x)[:, :num_targets]
+            return self.proj_out(self.norm(x))
+
+
+def _join_valid(first_index, first_valid, second_index, second_valid) -> Tensor | None:
+    """Validity of two ragged parts side by side; None where every entry counts."""
+    if first_valid is None and second_valid is None:
+        return None
+    parts = (
+        torch.ones_like(index, dtype=torch.bool) if valid is None else valid
+        for index, valid in ((first_index, first_valid), (second_index, second_valid))
+    )
+    return torch.cat(list(parts), 1)
