@@ -1,0 +1,132 @@
+"""What tells a healthy pretraining run from a collapsing one, and where it is written down."""
+
+import csv
+import os
+import resource
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def effective_rank(embeddings: Tensor) -> float:
+    """RankMe: exp of the entropy of the normalised singular values (Garrido et al., 2023, eq. 1).
+
+    Arguments
+    ---------
+    embeddings : Tensor [n, D]
+
+    Returns
+    -------
+    float
+        Between 1 (all rows on a line) and min(n, D).
+
+    Example
+    -------
+    >>> round(effective_rank(torch.eye(8)), 3), round(effective_rank(torch.ones(8, 4)), 3)
+    (8.0, 1.0)
+    """
+    singular = torch.linalg.svdvals(embeddings.float())
+    shares = singular / singular.sum().clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.special.entr(shares).sum().exp().item()
+
+
+def mean_deviation(rows: Tensor) -> float:
+    """Standard deviation over the rows, averaged over the features: [n, D] -> float.
+
+    Example
+    -------
+    >>> round(mean_deviation(torch.tensor([[0.0, 1.0], [2.0, 1.0]])), 3)  # (1 + 0) / 2
+    0.5
+    """
+    return rows.float().std(0, unbiased=False).mean().item()
+
+
+class CollapseAlarm:
+    """Notices a rank or deviation that falls under a share of its first value.
+
+    Arguments
+    ---------
+    share : float
+        Default 0.1.
+
+    Example
+    -------
+    >>> alarm = CollapseAlarm(share=0.1)
+    >>> alarm.check({"embedding_rank": 50.0}), alarm.check({"embedding_rank": 40.0})
+    ([], [])
+    >>> alarm.check({"embedding_rank": 2.0})
+    ['embedding_rank fell from 50 to 2']
+    """
+
+    def __init__(self, share: float = 0.1):
+        if not 0 <= share < 1:
+            raise ValueError(f"collapse_share={share}: must be at least 0 (never) and below 1")
+        self.share = share
+        self.start: dict[str, float] = {}
+
+    def check(self, values: dict[str, float]) -> list[str]:
+        """One sentence for each value that has collapsed."""
+        fallen = []
+        for name, value in values.items():
+            start = self.start.setdefault(name, value)
+            if not value >= self.share * start:  # NaN counts as fallen
+                fallen.append(f"{name} fell from {start:.4g} to {value:.4g}")
+        return fallen
+
+
+class MetricsTable:
+    """A csv of everything logged, one row a report, that a resumed run continues exactly.
+
+    Arguments
+    ---------
+    path : str or Path
+    columns : sequence of str
+        "step" first. A row may leave any other column empty.
+
+    Example
+    -------
+    >>> table = MetricsTable(getfixture("tmp_path") / "metrics.csv", ["step", "loss"])
+    >>> for step in (10, 20, 30):
+    ...     table.append(step=step, loss=1 / step)
+    >>> table.drop_after(20)
+    >>> table.append(step=25, loss=0.04)
+    >>> [row["step"] for row in table.read()]
+    ['10', '20', '25']
+    """
+
+    def __init__(self, path: str | os.PathLike, columns):
+        self.path = Path(path)
+        self.columns = list(columns)
+
+    def read(self) -> list[dict[str, str]]:
+        """The rows so far, as text."""
+        if not self.path.exists():
+            return []
+        with open(self.path, newline="", encoding="utf-8") as file:
+            return [row for row in csv.DictReader(file) if row["step"]]
+
+    def append(self, **values) -> None:
+        """Add a row; unknown names are an error."""
+        self._write([values], "a" if self.path.exists() else "w")
+
+    def drop_after(self, step: int) -> None:
+        """Forget what was logged after `step`: a resumed run logs it again."""
+        kept = [row for row in self.read() if int(row["step"]) <= step]
+        self._write(kept, "w")
+
+    def _write(self, rows, mode) -> None:
+        with open(self.path, mode, newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.columns)
+            if mode == "w":
+                writer.writeheader()
+            writer.writerows(rows)
+
+
+def peak_memory_gib(device: torch.device | str) -> float:
+    """Highest memory so far: allocated on a CUDA device, else resident in this process."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
