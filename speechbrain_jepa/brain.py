@@ -1,5 +1,6 @@
 """The pretraining loop as a SpeechBrain Brain: it moves data and steps, and owns no model code."""
 
+import logging
 import time
 from pathlib import Path
 
@@ -66,17 +67,19 @@ class AtomicCheckpointer(Checkpointer):
 
     PARTIAL = "PARTIAL-"
 
-    def save_checkpoint(self, *args, **kwargs):
+    def save_checkpoint(self, meta=None, end_of_epoch=True, name=None, verbosity=logging.INFO):
+        """As in the base class."""
         if if_main_process():
             for leftover in self.checkpoints_dir.glob(f"{self.PARTIAL}*"):
                 self._delete_directory(leftover)
-        partial = super().save_checkpoint(*args, **kwargs)
+        partial = super().save_checkpoint(meta or {}, end_of_epoch, name, logging.DEBUG)
         if partial is None:  # not the main process
             return None
         final = partial.path.with_name(partial.path.name.removeprefix(self.PARTIAL))
         if final.exists():  # a checkpoint saved again under a custom name
             self._delete_directory(final)
         partial.path.rename(final)
+        logger.log(verbosity, f"Saved a checkpoint in {final}")
         paramfiles = {name: final / path.name for name, path in partial.paramfiles.items()}
         return partial._replace(path=final, paramfiles=paramfiles)
 
@@ -116,7 +119,9 @@ class JEPABrain(sb.Brain):
     the run.
     """
 
-    def __init__(self, modules=None, opt_class=None, hparams=None, run_opts=None, checkpointer=None):
+    def __init__(
+        self, modules=None, opt_class=None, hparams=None, run_opts=None, checkpointer=None
+    ):
         super().__init__(modules, opt_class, hparams, run_opts, checkpointer)
         self.jepa = modules["jepa"]  # as it is, without DDP's or torch.compile's wrapper
         if self.optimizer_step_limit is not None:

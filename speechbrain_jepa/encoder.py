@@ -1,0 +1,511 @@
+"""AudioJEPA: waveforms in, embeddings out, in place of SpeechBrain's Wav2Vec2.
+
+Shapes: B clips, W windows of all of them, F frequency and T time patches, D dims, L = 1 + depth
+layers; C = F * D dims of a time step, or D with `flat`.
+
+A clip of n samples has ceil(n / 160) frames, those centred inside it, from the log-mel of the clip
+alone (reflected at its own two ends), and T = ceil(n / downsample_rate) time steps: every time
+patch that begins inside it. The frames that the last patch lacks are digital silence, as in
+pretraining. The T patches are cut into windows of the training length, each encoded on its own;
+the last one has as many patches as are left. So nothing of a clip's output depends on the batch.
+"""
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from speechbrain_jepa.attention import check_attention
+from speechbrain_jepa.checkpoints import load_pretrained, save_pretrained
+from speechbrain_jepa.features import (
+    HOP_LENGTH,
+    LOG_OFFSET,
+    N_FFT,
+    SAMPLE_RATE,
+    LogMelSpectrogram,
+    Normalization,
+    crop_samples,
+)
+
+NORMALIZATIONS = ("pretraining", "dataset", "instance")
+MARGIN = N_FFT // 2  # samples that a frame needs on each side of its centre
+SILENCE = math.log(LOG_OFFSET)  # log-mel of zeros
+OUTPUT_NORM_EPS = 1e-5  # as in torch's layer norm
+INSTANCE_STD_FLOOR = 1e-5  # for clips of constant sound
+# arguments of SpeechBrain's Hugging Face interfaces that mean nothing here
+IGNORED = frozenset(
+    "for_pretraining with_lm_head with_casual_lm seq2seqlm quantization_config cache_dir "
+    "trust_remote_code".split()
+)
+
+
+class AudioJEPA(nn.Module):
+    """A pretrained encoder for waveforms, with the constructor of SpeechBrain's Wav2Vec2.
+
+    A recipe that has `!new:speechbrain.integrations.huggingface.wav2vec2.Wav2Vec2` takes
+    `!new:speechbrain_jepa.AudioJEPA` in its place (docs/speechbrain.md).
+
+    Arguments
+    ---------
+    source : str, Path, or (Encoder, Normalization)
+        A pretrained folder, an experiment folder with checkpoints, a Hugging Face repo id, or the
+        two in memory, which are copied.
+    save_path : str or Path or None
+        Where a Hugging Face repo is cached. Default: huggingface_hub's own cache.
+    output_norm : bool
+        Normalise each clip's output over its own time steps and features. Default False.
+    freeze : bool
+        No gradients, always in eval mode. Default True.
+    freeze_feature_extractor : bool
+        With freeze=False: keep the patch embedding as it is. Default False.
+    apply_spec_augment : bool
+        Accepted, has no effect: augment the waveform. Default False.
+    output_all_hiddens : bool
+        Give what enters the first layer and leaves each. Default False.
+    freeze_layers : int
+        With freeze=False: keep the patch embedding and so many first layers. Default 0.
+    flat : bool
+        Average the F frequency patches of a time step instead of concatenating them.
+        Default False.
+    normalization : str
+        "pretraining" (default): the pair stored with the encoder. "dataset": a pair that
+        `fit_normalization` measures once, kept in the state dict; the paper's evaluation does
+        this. "instance": each clip's own.
+    max_windows_per_batch : int
+        Windows that go through the encoder at once: bounds the memory for long audio.
+        Default 128.
+    gradient_checkpointing : bool
+        Compute each layer again in the backward pass instead of keeping what is inside it.
+        Default False.
+    attention : str
+        "auto", "flash_attn" or "sdpa" (see `speechbrain_jepa.attention`). Default "auto".
+    device : str or torch.device or None
+        Where to put the module. Default: the CPU.
+    **ignored
+        for_pretraining, with_lm_head, with_casual_lm, seq2seqlm, quantization_config, cache_dir
+        and trust_remote_code are accepted and have no effect.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If the encoder cannot be loaded (see `load_pretrained`) or an option does not fit.
+
+    Example
+    -------
+    >>> from speechbrain_jepa.vit import Encoder, PatchGrid
+    >>> encoder = Encoder(PatchGrid(frames=208), dim=48, depth=2, num_heads=3)
+    >>> model = AudioJEPA((encoder, Normalization(-7.06, 4.19)))
+    >>> wav, wav_lens = torch.randn(2, 48_000), torch.tensor([1.0, 0.5])
+    >>> model(wav, wav_lens).shape  # 48000 / 2560 rounded up, 5 * 48
+    torch.Size([2, 19, 240])
+    >>> model.embed(wav, wav_lens).shape
+    torch.Size([2, 240])
+    """
+
+    def __init__(
+        self,
+        source,
+        save_path=None,
+        output_norm=False,
+        freeze=True,
+        freeze_feature_extractor=False,
+        apply_spec_augment=False,
+        output_all_hiddens=False,
+        *,
+        freeze_layers=0,
+        flat=False,
+        normalization="pretraining",
+        max_windows_per_batch=128,
+        gradient_checkpointing=False,
+        attention="auto",
+        device=None,
+        **ignored,
+    ):
+        super().__init__()
+        unknown = ignored.keys() - IGNORED
+        if unknown:
+            raise TypeError(f"AudioJEPA has no argument {sorted(unknown)[0]!r}")
+        if normalization not in NORMALIZATIONS:
+            raise ValueError(
+                f"normalization={normalization!r}: choose one of {', '.join(NORMALIZATIONS)}"
+            )
+        if max_windows_per_batch < 1:
+            raise ValueError(f"max_windows_per_batch={max_windows_per_batch}: use at least 1")
+        if isinstance(source, tuple):
+            self.encoder, self.normalization = copy.deepcopy(source)
+            self.config = {"training": {}}
+        else:
+            self.encoder, self.normalization, self.config = load_pretrained(source, save_path)
+        self.features = LogMelSpectrogram()
+        self.output_norm = output_norm
+        self.output_all_hiddens = output_all_hiddens
+        self.flat = flat
+        self.normalize = normalization
+        self.max_windows_per_batch = max_windows_per_batch
+        check_attention(attention)
+        self.encoder.attention = attention
+        if normalization == "dataset":
+            self.normalization.mean.fill_(math.nan)  # until it is fitted, or loaded
+        self.freeze = freeze
+        self._freeze(freeze_feature_extractor, freeze_layers)
+        if gradient_checkpointing:
+            for block in self.encoder.blocks:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        self.train()
+        if device is not None:
+            self.to(device)
+
+    def _freeze(self, feature_extractor: bool, layers: int) -> None:
+        depth = len(self.encoder.blocks)
+        if not 0 <= layers <= depth:
+            raise ValueError(f"freeze_layers={layers}: this encoder has {depth} layers")
+        self.requires_grad_(not self.freeze)
+        if self.freeze:
+            if layers:
+                raise ValueError(
+                    f"freeze_layers={layers} with freeze=True, which freezes all: set freeze=False"
+                )
+            return
+        if feature_extractor or layers:
+            self.encoder.patch_embed.requires_grad_(False)
+        self.encoder.blocks[:layers].requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "AudioJEPA":
+        """A frozen encoder stays in eval mode."""
+        return super().train(mode and not self.freeze)
+
+    # What it gives
+
+    @property
+    def sample_rate(self) -> int:
+        """Of the waveforms, in Hz."""
+        return SAMPLE_RATE
+
+    @property
+    def downsample_rate(self) -> int:
+        """Samples of one time step: patch_time * hop."""
+        return self.encoder.grid.patch_time * HOP_LENGTH
+
+    @property
+    def num_layers(self) -> int:
+        """L: outputs with `output_all_hiddens`."""
+        return 1 + len(self.encoder.blocks)
+
+    def get_output_dim(self) -> int:
+        """C: F * D, or D with `flat`."""
+        return self.encoder.dim * (1 if self.flat else self.encoder.grid.frequency_patches)
+
+    def num_steps(self, samples):
+        """T: time steps of a clip of so many samples (int or integer Tensor)."""
+        return -(-samples // self.downsample_rate)
+
+    def timestamps(self, num_steps: int) -> Tensor:
+        """Where the time steps are.
+
+        Arguments
+        ---------
+        num_steps : int
+            T.
+
+        Returns
+        -------
+        Tensor [T], float32
+            Centre of each time patch, the mean of its frames' centres, in seconds.
+        """
+        patch_time = self.encoder.grid.patch_time
+        frames = torch.arange(num_steps) * patch_time + (patch_time - 1) / 2
+        return frames * (HOP_LENGTH / SAMPLE_RATE)
+
+    def forward(self, wav: Tensor, wav_lens: Tensor | None = None) -> Tensor:
+        """
+        Arguments
+        ---------
+        wav : Tensor [B, samples], floating
+            Mono, 16 kHz.
+        wav_lens : Tensor [B] or None
+            Lengths over that of the batch, as everywhere in SpeechBrain. None: all 1.
+
+        Returns
+        -------
+        Tensor [B, T, C], or [L, B, T, C] with `output_all_hiddens`
+            T is that of the whole batch. Time steps past a clip's own are zeros.
+
+        Raises
+        ------
+        ValueError
+            If the shape is another, or a clip is empty or holds NaN or infinity.
+        """
+        with self._grad_mode():
+            clips = self._clips(wav, wav_lens)
+            out = self._over_windows(clips, lambda steps: steps, clips.window_steps)
+            out = out.flatten(-3, -2)[..., : clips.num_steps, :].contiguous()
+            return self._normalize(out, clips.steps) if self.output_norm else out
+
+    def embed(self, wav: Tensor, wav_lens: Tensor | None = None) -> Tensor:
+        """The mean of `forward`'s output over each clip's own time steps.
+
+        The time steps are added up window by window, so that the memory for hours of audio is
+        that of the audio itself.
+
+        Arguments
+        ---------
+        wav, wav_lens
+            As in `forward`.
+
+        Returns
+        -------
+        Tensor [B, C], or [L, B, C] with `output_all_hiddens`, float32
+        """
+        with self._grad_mode():
+            clips = self._clips(wav, wav_lens)
+            sums = self._over_windows(clips, _sums, steps=1).sum((-3, -2))
+            sums = sums / clips.steps.to(wav.device)[:, None]
+            mean, square = sums[..., :-1], sums[..., -1:]
+            if self.output_norm:
+                # normalising is the same map for every time step, so the mean goes through it
+                center = mean.mean(-1, keepdim=True)
+                variance = square / mean.shape[-1] - center.square()
+                mean = (mean - center) * (variance + OUTPUT_NORM_EPS).rsqrt()
+            return mean
+
+    # Normalisation
+
+    def fit_normalization(self, clips, max_clips: int = 5000) -> "AudioJEPA":
+        """Measure mean and deviation of the log-mel for `normalization="dataset"`.
+
+        Arguments
+        ---------
+        clips : iterable
+            Batches [B, samples] or pairs (batch, wav_lens), 16 kHz: from a SpeechBrain loader,
+            `(batch.sig for batch in loader)`. From files: `speechbrain_jepa.embed.read_clips`.
+        max_clips : int
+            Stop after so many. Default 5000, the paper's evaluation.
+
+        Returns
+        -------
+        AudioJEPA
+            Itself. The pair is part of the state dict, so a checkpoint brings it back.
+        """
+        count = total = squares = 0.0
+        seen = 0
+        for batch in clips:
+            wav, wav_lens = batch if isinstance(batch, tuple | list) else (batch, None)
+            wav = wav.to(self.normalization.mean.device)
+            sums = self._sums(self._clips(wav, wav_lens)).sum(1).tolist()
+            count, total, squares = count + sums[0], total + sums[1], squares + sums[2]
+            seen += len(wav)
+            if seen >= max_clips:
+                break
+        if not seen:
+            raise ValueError("fit_normalization: there was no clip to measure on")
+        mean = total / count
+        self.normalization.set(mean, max(squares / count - mean**2, 0.0) ** 0.5)
+        return self
+
+    def save_pretrained(self, folder):
+        """Write the encoder as it is now, after fine-tuning say, as a pretrained folder."""
+        training = self.config["training"]
+        return save_pretrained(folder, self.encoder, self.normalization, training)
+
+    # How it is computed
+
+    def _grad_mode(self):
+        return torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze)
+
+    def _clips(self, wav: Tensor, wav_lens: Tensor | None) -> "_Clips":
+        """Check a batch and plan its windows."""
+        if wav.dim() != 2 or not wav.is_floating_point():
+            raise ValueError(
+                f"expected waveforms [B, samples] of floats, got {wav.dtype} of shape "
+                f"{tuple(wav.shape)}: average channels, add a batch axis with unsqueeze(0), "
+                "divide int16 by 32768"
+            )
+        batch, width = wav.shape
+        if wav_lens is None:
+            wav_lens = torch.ones(batch)
+        if wav_lens.shape != (batch,):
+            raise ValueError(f"wav_lens has shape {tuple(wav_lens.shape)}, not ({batch},)")
+        relative = wav_lens.to(wav.device, torch.float64)
+        lengths = (relative * width).round()
+        inside = torch.arange(width, device=wav.device) < lengths[:, None]
+        finite = (wav.isfinite() | ~inside).all(1)
+        # all that the host must know, in one transfer
+        relative, lengths, finite = torch.stack([relative, lengths, finite.double()]).cpu()
+        for wrong, what in (
+            (~((relative >= 0) & (relative <= 1 + 1e-6)), "has a wav_lens outside 0 to 1"),
+            (lengths < 1, "is empty"),
+            (finite == 0, "holds NaN or infinite samples"),
+        ):
+            if wrong.any():
+                clip = int(wrong.nonzero()[0])
+                raise ValueError(
+                    f"clip {clip} (from 0) of {batch} {what} (wav_lens={relative[clip]:g} of "
+                    f"{width} samples)"
+                )
+        if batch == 0:
+            raise ValueError(f"the batch of shape {tuple(wav.shape)} has no clip")
+        samples = lengths.long().clamp(max=width)
+        num_steps, window = self.num_steps(width), self.encoder.grid.time_patches
+        steps = self.num_steps(samples)
+        return _Clips(
+            padded=_reflect_ends(wav.float(), samples, num_steps * self.downsample_rate),
+            samples=samples,
+            steps=steps,
+            num_steps=num_steps,
+            num_windows=-(-num_steps // window),
+            window_steps=min(num_steps, window),
+            chunks=list(_chunks(steps, window, self.max_windows_per_batch)),
+        )
+
+    def _log_mels(self, clips: "_Clips") -> Iterator[tuple["_Chunk", Tensor, Tensor]]:
+        """Windows of similar length with their log-mel [W, 80, frames] and what of it is audio."""
+        patch_time, device = self.encoder.grid.patch_time, clips.padded.device
+        hop = self.encoder.grid.time_patches * self.downsample_rate  # samples between windows
+        for chunk in clips.chunks:
+            frames = chunk.longest * patch_time
+            views = clips.padded.unfold(1, crop_samples(frames), hop)
+            clip, number = chunk.clip.to(device), chunk.number.to(device)
+            log_mel = self.features(views[clip, number], margins=True)
+            last = -(-clips.samples // HOP_LENGTH)[chunk.clip] - chunk.number * (hop // HOP_LENGTH)
+            audio = torch.arange(frames, device=device) < last.to(device)[:, None]
+            yield chunk, log_mel.masked_fill_(~audio[:, None], SILENCE), audio
+
+    def _sums(self, clips: "_Clips") -> Tensor:
+        """Count, sum and sum of squares of each clip's log-mel: [3, B], float64."""
+        sums = clips.padded.new_zeros(3, len(clips.samples), dtype=torch.float64)
+        for chunk, log_mel, audio in self._log_mels(clips):
+            values = log_mel.double() * audio[:, None]
+            count = audio.sum(1) * log_mel.shape[1]
+            parts = torch.stack([count, values.sum((1, 2)), values.square().sum((1, 2))])
+            sums.index_add_(1, chunk.clip.to(sums.device), parts)
+        return sums
+
+    def _spectrograms(self, clips: "_Clips") -> Iterator[tuple["_Chunk", Tensor]]:
+        """Windows of similar length with their normalised spectrogram."""
+        if self.normalize == "instance":
+            count, total, squares = self._sums(clips)
+            mean = total / count
+            std = (squares / count - mean.square()).clamp(min=0).sqrt()
+            mean, std = mean.float(), std.float().clamp(min=INSTANCE_STD_FLOOR)
+            for chunk, log_mel, _ in self._log_mels(clips):
+                clip = chunk.clip.to(mean.device)
+                yield chunk, (log_mel - mean[clip, None, None]) / std[clip, None, None]
+            return
+        if self.normalize == "dataset" and self.normalization.mean.isnan():
+            raise RuntimeError(
+                'normalization="dataset" has no statistics yet: call fit_normalization on the '
+                "training clips, or load a checkpoint of a model where that was done"
+            )
+        for chunk, log_mel, _ in self._log_mels(clips):
+            yield chunk, self.normalization(log_mel)
+
+    def _over_windows(self, clips: "_Clips", reduce, steps: int) -> Tensor:
+        """`reduce` of every window's output [..., W, T', C], at most `steps` long, at its place.
+
+        Returns [..., B, windows, steps, what `reduce` leaves of C], zeros where there is nothing.
+        """
+        frequency_patches = self.encoder.grid.frequency_patches
+        out = None
+        for chunk, spectrogram in self._spectrograms(clips):
+            valid = None
+            if chunk.ragged:
+                present = torch.arange(chunk.longest) < chunk.patches[:, None]
+                valid = present.repeat(1, frequency_patches).to(spectrogram.device)
+            tokens = self.encoder(spectrogram, valid=valid, all_layers=self.output_all_hiddens)
+            tokens = tokens.unflatten(-2, (frequency_patches, -1)).transpose(-3, -2)
+            value = reduce(tokens.mean(-2) if self.flat else tokens.flatten(-2))
+            if out is None:
+                shape = (len(clips.samples), clips.num_windows, steps, value.shape[-1])
+                out = value.new_zeros(*value.shape[:-3], *shape)
+            clip, number = chunk.clip.to(value.device), chunk.number.to(value.device)
+            out[..., clip, number, : value.shape[-2], :] = value
+        return out
+
+    def _normalize(self, out: Tensor, steps: Tensor) -> Tensor:
+        """Layer norm of [..., B, T, C] over each clip's own time steps and features."""
+        own = (torch.arange(out.shape[-2]) < steps[:, None]).to(out.device)[..., None]
+        count = (steps * out.shape[-1]).to(out.device)[:, None, None]
+        values = out.float()
+        centered = (values - values.sum((-2, -1), keepdim=True) / count) * own
+        variance = centered.square().sum((-2, -1), keepdim=True) / count
+        return (centered * (variance + OUTPUT_NORM_EPS).rsqrt()).to(out.dtype)
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Windows of similar length that are encoded together, longest first; all on the CPU."""
+
+    clip: Tensor  # [W], whose window it is
+    number: Tensor  # [W], the how manieth of its clip
+    patches: Tensor  # [W], time patches
+
+    @property
+    def longest(self) -> int:
+        return int(self.patches[0])
+
+    @property
+    def ragged(self) -> bool:
+        return bool(self.patches[0] != self.patches[-1])
+
+
+@dataclass(frozen=True)
+class _Clips:
+    """A checked batch."""
+
+    padded: Tensor  # [B, MARGIN + samples and more], each clip reflected at its two ends
+    samples: Tensor  # [B], on the CPU
+    steps: Tensor  # [B], time steps of each clip, on the CPU
+    num_steps: int  # T of the batch
+    num_windows: int  # of a clip of num_steps
+    window_steps: int  # of the longest window
+    chunks: list[_Chunk]
+
+
+def _chunks(steps: Tensor, window: int, limit: int) -> Iterator[_Chunk]:
+    """Cut clips of so many time steps into windows, and those into chunks of at most `limit`.
+
+    Whole windows stay among themselves: without padding, attention needs no mask. Of the others, a
+    chunk holds none shorter than half its longest.
+    """
+    windows = -(-steps // window)
+    clip = torch.repeat_interleave(windows)
+    number = torch.arange(len(clip)) - (windows.cumsum(0) - windows)[clip]
+    patches = (steps[clip] - number * window).clamp(max=window)
+    order = patches.argsort(descending=True, stable=True)
+    clip, number, patches = clip[order], number[order], patches[order]
+    start = 0
+    while start < len(clip):
+        longest = patches[start]
+        shortest = longest if longest == window else longest / 2
+        stop = min(int((patches >= shortest).sum()), start + limit)
+        yield _Chunk(clip[start:stop], number[start:stop], patches[start:stop])
+        start = stop
+
+
+def _reflect_ends(wav: Tensor, samples: Tensor, width: int) -> Tensor:
+    """Continue each clip [B, :samples] by MARGIN reflected samples at its two ends.
+
+    A clip shorter than that goes on being reflected, back and forth. Returns
+    [B, at least MARGIN + width + MARGIN]; the clip begins at MARGIN.
+    """
+    samples = samples.to(wav.device)[:, None]
+    margin = torch.arange(MARGIN, device=wav.device).expand(len(wav), -1)
+    place = torch.cat([margin - MARGIN, margin + samples], 1)
+    period = (2 * (samples - 1)).clamp(min=1)
+    phase = place.remainder(period)
+    reflected = wav.gather(1, torch.minimum(phase, period - phase))
+    padded = nn.functional.pad(wav, (MARGIN, width + MARGIN - wav.shape[1]))
+    return padded.scatter_(1, place + MARGIN, reflected)
+
+
+def _sums(steps: Tensor) -> Tensor:
+    """[..., T, C] to [..., 1, C + 1]: the sum of the time steps, and of all their squares."""
+    steps = steps.float()
+    total = steps.sum(-2, keepdim=True)
+    squares = steps.square().sum((-2, -1)).unflatten(-1, (-1, 1, 1))
+    return torch.cat([total, squares], -1)

@@ -1,0 +1,1 @@
+"""Embed once, probe fast, report."""

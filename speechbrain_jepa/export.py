@@ -1,0 +1,33 @@
+"""Write a training run's encoder as a pretrained folder.
+
+python -m speechbrain_jepa.export results/jepa_unstructured/1234 my_encoder
+"""
+
+import argparse
+
+from speechbrain_jepa.checkpoints import export_experiment
+
+
+def main(arguments=None) -> None:
+    """The command line: `arguments` is a list of str, default the process' own."""
+    parser = argparse.ArgumentParser(
+        prog="python -m speechbrain_jepa.export", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("experiment_folder", help="output_folder of the training run")
+    parser.add_argument("out", help="pretrained folder to write")
+    parser.add_argument(
+        "--target-encoder",
+        action="store_true",
+        help="export the target encoder (the moving average) instead of the context encoder",
+    )
+    options = parser.parse_args(arguments)
+    which = "target" if options.target_encoder else "context"
+    try:
+        folder = export_experiment(options.experiment_folder, options.out, which)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"export: {error}") from error
+    print(f"{which} encoder written to {folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+"""Small real audio for every test that needs files."""
+
+import numpy as np
+import pytest
+import soundfile
+
+
+@pytest.fixture(scope="session")
+def audio_folder(tmp_path_factory):
+    """24 flac files of 3 s: tones with a vibrato and some noise, 16 kHz."""
+    folder = tmp_path_factory.mktemp("audio")
+    rng = np.random.default_rng(0)
+    time = np.arange(3 * 16_000) / 16_000
+    for number in range(24):
+        frequency = 200 * 2 ** (number / 8) * (1 + 0.01 * np.sin(2 * np.pi * 5 * time))
+        tone = np.sin(2 * np.pi * np.cumsum(frequency) / 16_000) * np.exp(-time * (number % 3))
+        wav = 0.3 * tone + 0.01 * rng.standard_normal(len(time))
+        soundfile.write(folder / f"tone_{number:02d}.flac", wav, 16_000)
+    return folder

@@ -1,0 +1,348 @@
+"""The JEPA of section 3: what trains, what follows, and that a clip is on its own in a batch."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from speechbrain_jepa.jepa import JEPA
+from speechbrain_jepa.losses import NormalizedL2, SmoothL1, SmoothL1Norms
+from speechbrain_jepa.masking import MultiBlockMasking, TimeMasking, UnstructuredMasking
+from speechbrain_jepa.vit import Encoder, PatchGrid, Predictor
+
+GRID = PatchGrid(frames=208)
+STRATEGIES = {
+    "unstructured": UnstructuredMasking,
+    "multi-block": MultiBlockMasking,
+    "time": TimeMasking,
+}
+DOMAINS = ["audio", "latent"]
+LOSSES = [SmoothL1(), SmoothL1Norms(), NormalizedL2()]
+# Table 3's six rows at 208 frames and Table 2's three durations; their first rows are the same
+TABLE_ROWS = [(name, domain, 208) for domain, name in itertools.product(DOMAINS, STRATEGIES)]
+TABLE_ROWS += [("unstructured", "audio", frames) for frames in (208, 320, 640)]
+
+all_strategies = pytest.mark.parametrize("strategy", STRATEGIES)
+all_domains = pytest.mark.parametrize("domain", DOMAINS)
+
+
+def assert_close(ours, theirs, relative=1e-5):
+    """Within `relative` of the largest entry: float32 sums in another order."""
+    assert (ours - theirs).abs().max() <= relative * theirs.abs().max()
+
+
+def build(domain="audio", grid=GRID, loss=None, moved=True, **settings) -> JEPA:
+    """A small JEPA, with the context encoder away from the target encoder if `moved`."""
+    torch.manual_seed(0)
+    jepa = JEPA(
+        Encoder(grid, dim=48, depth=2, num_heads=3),
+        Predictor(grid, encoder_dim=48, dim=32, depth=2, num_heads=4),
+        loss or SmoothL1(),
+        target_masking=domain,
+        **settings,
+    )
+    if moved:
+        with torch.no_grad():
+            for parameter in (
+                *jepa.context_encoder.parameters(),
+                *jepa.predictor.parameters(),
+            ):
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return jepa
+
+
+def batch(clips=6, frames=208):
+    return torch.randn(clips, 80, frames, generator=torch.Generator().manual_seed(1))
+
+
+def draw(strategy, clips=6, grid=GRID):
+    return STRATEGIES[strategy](grid)(clips, generator=torch.Generator().manual_seed(2))
+
+
+def gradients(jepa, loss):
+    trained = {name: p for name, p in jepa.named_parameters() if p.requires_grad}
+    return dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))
+
+
+def patch_map(index, valid, clips=6, grid=GRID):
+    """Boolean [B, 80, frames]: which values of the spectrogram belong to the listed patches."""
+    valid = torch.ones_like(index, dtype=torch.bool) if valid is None else valid
+    listed = torch.zeros(clips, grid.num_patches, dtype=torch.int64)
+    listed.scatter_add_(1, index, valid.long())
+    image = listed.bool().view(clips, grid.frequency_patches, grid.time_patches)
+    image = image.repeat_interleave(grid.patch_frequency, 1)
+    return image.repeat_interleave(grid.patch_time, 2)
+
+
+# --- the target encoder -----------------------------------------------------------------------
+
+
+def test_target_encoder_starts_as_a_copy_and_shares_no_memory():
+    jepa = build(moved=False)
+    ours, theirs = (e.state_dict() for e in (jepa.target_encoder, jepa.context_encoder))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name])
+        assert ours[name].data_ptr() != theirs[name].data_ptr()
+    assert torch.equal(jepa.target_encoder(batch()), jepa.context_encoder(batch()))
+
+
+@all_domains
+@all_strategies
+def test_target_encoder_takes_no_gradient(domain, strategy):
+    jepa = build(domain)
+    output = jepa(batch(), draw(strategy))
+    assert not output.targets.requires_grad
+    output.loss.backward()
+    assert all(p.grad is None and not p.requires_grad for p in jepa.target_encoder.parameters())
+
+
+def test_trainable_parameters_are_those_of_context_encoder_and_predictor():
+    jepa = build()
+    trainable = {id(p) for p in jepa.parameters() if p.requires_grad}
+    expected = {id(p) for p in (*jepa.context_encoder.parameters(), *jepa.predictor.parameters())}
+    assert trainable == expected
+
+
+def test_target_encoder_is_always_in_eval_mode():
+    jepa = build()
+    for mode in (True, False, True):
+        assert jepa.train(mode) is jepa
+        assert not any(module.training for module in jepa.target_encoder.modules())
+        assert jepa.context_encoder.training == jepa.predictor.training == mode
+    torch.nn.ModuleDict({"jepa": jepa}).train()  # as SpeechBrain holds it
+    assert not any(module.training for module in jepa.target_encoder.modules())
+
+
+def test_target_encoder_is_stored_for_resuming():
+    jepa, other = build(), build(moved=False)
+    jepa.update_target(0.5)
+    other.load_state_dict(jepa.state_dict())
+    assert torch.equal(jepa.target_encoder(batch()), other.target_encoder(batch()))
+    assert not torch.equal(jepa.target_encoder(batch()), jepa.context_encoder(batch()))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3, 0.9, 0.99995, 1.0])
+def test_update_target_equals_equation_1_in_numpy(rate):
+    jepa = build()
+    before = {n: p.double().numpy().copy() for n, p in jepa.target_encoder.named_parameters()}
+    jepa.update_target(rate)
+    context = dict(jepa.context_encoder.named_parameters())
+    for name, after in jepa.target_encoder.named_parameters():
+        expected = rate * before[name] + (1 - rate) * context[name].detach().double().numpy()
+        np.testing.assert_allclose(after.numpy(), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_many_small_updates_follow_the_closed_form():
+    """With a fixed context encoder n updates leave rate ** n of the start."""
+    jepa, rate, updates = build(), 0.999, 500
+    start = [p.double() for p in jepa.target_encoder.parameters()]
+    for _ in range(updates):
+        jepa.update_target(rate)
+    for before, context, after in zip(
+        start, jepa.context_encoder.parameters(), jepa.target_encoder.parameters(), strict=True
+    ):
+        context = context.detach().double()
+        assert_close(after.double(), context + rate**updates * (before - context))
+
+
+def test_update_target_does_not_touch_the_context_encoder_or_the_graph():
+    jepa = build()
+    before = [p.detach().clone() for p in jepa.context_encoder.parameters()]
+    loss = jepa(batch(), draw("unstructured")).loss
+    jepa.update_target(0.5)
+    loss.backward()  # the targets were detached: moving the target encoder breaks nothing
+    assert all(map(torch.equal, before, jepa.context_encoder.parameters()))
+
+
+# --- what sees what ---------------------------------------------------------------------------
+
+
+@all_strategies
+def test_audio_targets_do_not_see_the_context(strategy):
+    jepa, masks, spectrogram = build("audio"), draw(strategy), batch()
+    elsewhere = ~patch_map(masks.target_index, masks.target_valid)
+    changed = spectrogram + elsewhere
+    assert elsewhere.any()
+    ours, theirs = jepa.targets(spectrogram, masks), jepa.targets(changed, masks)
+    assert torch.equal(ours, theirs)
+
+
+@all_strategies
+def test_latent_targets_see_the_context(strategy):
+    jepa, masks, spectrogram = build("latent"), draw(strategy), batch()
+    changed = spectrogram + patch_map(masks.context_index, masks.context_valid)
+    ours, theirs = jepa.targets(spectrogram, masks), jepa.targets(changed, masks)
+    difference = (ours - theirs).abs().amax(-1)
+    valid = difference > -1 if masks.target_valid is None else masks.target_valid
+    assert (difference[valid] > 1e-4).all()
+
+
+@all_domains
+@all_strategies
+def test_predictions_do_not_see_the_targets(domain, strategy):
+    jepa, masks, spectrogram = build(domain), draw(strategy), batch()
+    elsewhere = ~patch_map(masks.context_index, masks.context_valid)
+    ours, theirs = jepa(spectrogram, masks), jepa(spectrogram + elsewhere, masks)
+    assert torch.equal(ours.predictions, theirs.predictions)
+    assert not torch.equal(ours.targets, theirs.targets)
+
+
+@all_domains
+@all_strategies
+def test_the_loss_sends_gradient_to_the_context_patches_of_the_input_only(domain, strategy):
+    """Through the context encoder alone: nothing comes back by way of the target encoder."""
+    jepa, masks = build(domain), draw(strategy)
+    spectrogram = batch().requires_grad_()
+    jepa(spectrogram, masks).loss.backward()
+    context = patch_map(masks.context_index, masks.context_valid)
+    assert spectrogram.grad[~context].count_nonzero() == 0
+    assert (spectrogram.grad[context] != 0).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_targets_are_the_target_encoders_view_of_each_clip(domain):
+    """Audio: of its target patches alone. Latent: of all patches, the targets picked out."""
+    jepa, masks, spectrogram = build(domain, normalize_targets=False), draw("multi-block"), batch()
+    ours = jepa.targets(spectrogram, masks)
+    for clip in range(6):
+        index = masks.clip(clip).target_index
+        one = spectrogram[clip, None]
+        if domain == "audio":
+            alone = jepa.target_encoder(one, index)[0]
+        else:
+            alone = jepa.target_encoder(one)[0, index[0]]
+        assert_close(ours[clip, : index.shape[1]], alone)
+
+
+@all_domains
+@all_strategies
+def test_targets_are_normalised_per_patch(domain, strategy):
+    masks, spectrogram = draw(strategy), batch()
+    ours = build(domain).targets(spectrogram, masks)
+    raw = build(domain, normalize_targets=False).targets(spectrogram, masks).double().numpy()
+    assert ours.dtype == torch.float32
+    deviation = np.sqrt(raw.var(-1, keepdims=True) + 1e-6)  # no affine, eps 1e-6: released code
+    expected = (raw - raw.mean(-1, keepdims=True)) / deviation
+    np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-4, atol=1e-5)
+    valid = np.ones(raw.shape[:2], bool) if masks.target_valid is None else masks.target_valid
+    np.testing.assert_allclose(ours.numpy()[valid].mean(-1), 0, atol=1e-5)
+    np.testing.assert_allclose(ours.numpy()[valid].var(-1), 1, rtol=1e-3)
+
+
+def test_the_output_holds_what_the_loss_saw():
+    jepa, masks = build(), draw("multi-block")
+    output = jepa(batch(), masks)
+    assert torch.equal(
+        output.loss, jepa.loss(output.predictions, output.targets, masks.target_valid)
+    )
+    assert output.target_valid is masks.target_valid
+    assert torch.equal(output.targets, jepa.targets(batch(), masks))
+
+
+# --- a clip is on its own ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", ["multi-block", "time"])
+def test_the_block_strategies_make_ragged_batches(strategy):
+    masks = draw(strategy)
+    assert masks.context_valid is not None and masks.target_valid is not None
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: type(loss).__name__)
+@all_domains
+@all_strategies
+def test_a_batch_gives_the_mean_of_the_losses_and_gradients_of_its_clips_alone(
+    strategy, domain, loss
+):
+    jepa, masks, spectrogram = build(domain, loss=loss), draw(strategy), batch()
+    together = jepa(spectrogram, masks).loss
+    alone = torch.stack([jepa(spectrogram[clip, None], masks.clip(clip)).loss for clip in range(6)])
+    assert_close(together.detach(), alone.mean().detach())
+    ours, theirs = gradients(jepa, together), gradients(jepa, alone.mean())
+    for name in ours:
+        assert_close(ours[name], theirs[name]), name
+
+
+@all_domains
+@all_strategies
+def test_predictions_and_targets_do_not_depend_on_batch_mates(domain, strategy):
+    jepa, masks, spectrogram = build(domain), draw(strategy), batch()
+    output = jepa(spectrogram, masks)
+    for clip in range(6):
+        alone = jepa(spectrogram[clip, None], masks.clip(clip))
+        count = alone.predictions.shape[1]
+        assert_close(output.predictions[clip, :count], alone.predictions[0])
+        assert_close(output.targets[clip, :count], alone.targets[0])
+
+
+@all_strategies
+def test_the_order_of_the_clips_does_not_matter(strategy):
+    jepa, masks, spectrogram = build(), draw(strategy), batch()
+    order = torch.tensor([3, 1, 5, 0, 4, 2])
+    parts = (masks.context_index, masks.target_index, masks.context_valid, masks.target_valid)
+    shuffled = type(masks)(*(None if part is None else part[order] for part in parts))
+    ours, theirs = jepa(spectrogram[order], shuffled), jepa(spectrogram, masks)
+    assert_close(ours.loss.detach(), theirs.loss.detach())
+    assert_close(ours.predictions.detach(), theirs.predictions.detach()[order])
+
+
+# --- precision and the table ------------------------------------------------------------------
+
+
+@all_domains
+@all_strategies
+def test_the_loss_under_bfloat16_autocast_is_near_the_float32_loss(domain, strategy):
+    """Targets and predictions are each off by some roundings of 2 ** -8, in both directions, and
+    the loss averages them over thousands of values: 1 % leaves room for all of them to agree.
+    """
+    jepa, masks, spectrogram = build(domain), draw(strategy), batch()
+    full = jepa(spectrogram, masks).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = jepa(spectrogram, masks).loss
+    assert half.dtype == torch.float32
+    assert half.item() == pytest.approx(full.item(), rel=0.01)
+    assert half.item() != full.item()  # autocast was on
+    ours, theirs = gradients(jepa, half), gradients(jepa, full)
+    for name in ours:
+        assert ours[name].dtype == torch.float32
+        # 20 roundings between the loss and the first layer, of the Euclidean norm
+        assert (ours[name] - theirs[name]).norm() < 20 * 2.0**-8 * theirs[name].norm(), name
+
+
+@pytest.mark.parametrize(("strategy", "domain", "frames"), TABLE_ROWS)
+def test_the_nine_rows_of_tables_2_and_3_train(strategy, domain, frames):
+    grid = PatchGrid(frames=frames)
+    jepa = build(domain, grid=grid, moved=False)
+    masks, spectrogram = draw(strategy, clips=4, grid=grid), batch(4, frames)
+    optimizer = torch.optim.AdamW([p for p in jepa.parameters() if p.requires_grad], lr=1e-3)
+    losses = []
+    for _ in range(8):
+        output = jepa(spectrogram, masks)
+        output.loss.backward()
+        grads = {name: p.grad for name, p in jepa.named_parameters() if p.requires_grad}
+        assert all(grad is not None and grad.isfinite().all() for grad in grads.values())
+        assert all(grad.count_nonzero() > 0 for grad in grads.values())
+        optimizer.step()
+        optimizer.zero_grad()
+        jepa.update_target(0.99)
+        losses.append(output.loss.item())
+    assert np.isfinite(losses).all()
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    "grid", [PatchGrid(64, 16, 4), PatchGrid(208, 80, 2)], ids=["16x4", "80x2"]
+)
+@all_strategies
+def test_finer_patches_train_too(grid, strategy):
+    jepa = build(grid=grid)
+    loss = jepa(batch(4, grid.frames), draw(strategy, clips=4, grid=grid)).loss
+    assert all(g.isfinite().all() for g in gradients(jepa, loss).values())
+
+
+@pytest.mark.parametrize("wrong", ["Audio", "", "both", None])
+def test_an_unknown_target_domain_is_refused_with_the_two_there_are(wrong):
+    with pytest.raises(ValueError, match="choose one of audio, latent"):
+        build(wrong)

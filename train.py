@@ -1,0 +1,150 @@
+"""Pretrain an audio encoder with a JEPA.
+
+    python train.py hparams/jepa_unstructured.yaml --data_folder /any/folder/of/audio
+    torchrun --nproc_per_node=8 train.py hparams/jepa_unstructured.yaml --data_folder ... \
+        --batch_size 256
+
+Every line of the yaml is an option; SpeechBrain's run options (--device, --precision, --debug, ...)
+work as everywhere. Started again with the same command, a run continues where it was stopped.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import speechbrain as sb
+import torch
+from hyperpyyaml import load_hyperpyyaml
+from speechbrain.utils.distributed import main_process_only, run_on_main
+from speechbrain.utils.logger import get_logger
+from torch.distributed import get_rank, get_world_size, is_initialized
+
+from speechbrain_jepa.brain import JEPABrain
+from speechbrain_jepa.checkpoints import export_experiment, write_config
+from speechbrain_jepa.data import (
+    CropDataset,
+    CropSampler,
+    Manifest,
+    SkippedFiles,
+    crop_loader,
+    make_demo_corpus,
+    read_csv,
+    scan_folder,
+    split_held_out,
+)
+
+logger = get_logger("speechbrain_jepa.train")
+
+
+def prepare_manifests(hparams):
+    """Find the audio and set some files aside; both parts are left in the cache folder."""
+    options = {name: hparams[name] for name in ("data_folder", "cache_folder", "min_seconds")}
+    if hparams["train_csv"] is not None:
+        manifest, _ = read_csv(hparams["train_csv"], **options)
+    else:
+        manifest, _ = scan_folder(**options)
+    parts = split_held_out(manifest, hparams["valid_share"], hparams["max_valid"])
+    for name, items in zip(("train", "valid"), parts):
+        manifest.subset(items).save(Path(hparams["cache_folder"]) / name)
+
+
+def make_loaders(hparams):
+    """Loaders of random training crops and of fixed validation crops."""
+    ranks = {"rank": get_rank(), "world_size": get_world_size()} if is_initialized() else {}
+    loaders = []
+    for name, sampling in (
+        ("train", {"passes": hparams["passes_per_epoch"], **ranks}),
+        ("valid", {"shuffle": False}),  # every process sees all of it and comes to the same rank
+    ):
+        dataset = CropDataset(
+            Manifest.load(Path(hparams["cache_folder"]) / name),
+            hparams["data_folder"],
+            hparams["crop_frames"],
+            hparams["seed"],
+            random_crops=name == "train",
+        )
+        sampler = CropSampler(len(dataset), hparams["batch_size"], hparams["seed"], **sampling)
+        workers = hparams["num_workers"] if name == "train" else min(hparams["num_workers"], 1)
+        loaders.append(crop_loader(dataset, sampler, workers, pin_memory=torch.cuda.is_available()))
+    return loaders
+
+
+@main_process_only
+def measure_normalization(hparams, dataset):
+    """Mean and deviation of the log-mel of random training crops, unless the yaml gives them."""
+    if hparams["norm_mean"] is not None and hparams["norm_std"] is not None:
+        return hparams["norm_mean"], hparams["norm_std"]
+    normalization, features = hparams["normalization"], hparams["features"]
+    sampler = CropSampler(len(dataset), 32, hparams["seed"], passes=hparams["passes_per_epoch"])
+    batches = -(-hparams["norm_crops"] // 32)
+    crops = (dataset.__getitems__(keys).wav for keys, _ in zip(sampler, range(batches)))
+    normalization.fit(features(wav, margins=True) for wav in crops)
+    return normalization.mean.item(), normalization.std.item()
+
+
+def describe_training(hparams):
+    """What the model card says about how the encoder was trained: every plain value of the yaml."""
+    plain = (str, int, float, bool, type(None))
+    places = ("data_folder", "train_csv", "output_folder", "save_folder", "cache_folder")
+    training = {
+        name: value
+        for name, value in hparams.items()
+        if isinstance(value, plain) and not name.startswith("_") and name not in places
+    }
+    return {"masking": type(hparams["masking"]).__name__, **training}
+
+
+@main_process_only
+def finish(hparams, brain):
+    """Export the encoder, and whatever else the yaml asks for at the end."""
+    output_folder = Path(hparams["output_folder"])
+    if brain.debug:
+        return
+    pretrained = export_experiment(output_folder, output_folder / "pretrained")
+    logger.info(f"Pretrained encoder: {pretrained}")
+    if "after_training" in hparams:
+        hparams["after_training"](hparams, pretrained)
+
+
+if __name__ == "__main__":
+    hparams_file, run_opts, overrides = sb.parse_arguments(sys.argv[1:])
+    if not torch.cuda.is_available():
+        given = run_opts.overridden_args | {"distributed_backend"}
+        run_opts = replace(run_opts, distributed_backend="gloo", overridden_args=given)
+    sb.utils.distributed.ddp_init_group(run_opts)
+    with open(hparams_file, encoding="utf-8") as file:
+        hparams = load_hyperpyyaml(file, overrides)
+
+    if hparams["data_folder"] is None and hparams["train_csv"] is None:
+        hparams["data_folder"] = str(run_on_main(make_demo_corpus))
+        print(
+            "No --data_folder and no --train_csv: pretraining on the generated demo corpus in "
+            f"{hparams['data_folder']}"
+        )
+    run_on_main(prepare_manifests, kwargs={"hparams": hparams})
+    sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
+
+    train_loader, valid_loader = make_loaders(hparams)
+    hparams["normalization"].set(*measure_normalization(hparams, train_loader.dataset))
+    hparams["skipped_files"] = SkippedFiles(Path(hparams["cache_folder"]) / "skipped.csv")
+    if hparams["use_tensorboard"]:
+        from speechbrain.utils.train_logger import TensorboardLogger
+
+        hparams["tensorboard_logger"] = TensorboardLogger(
+            str(Path(hparams["output_folder"]) / "tensorboard")
+        )
+
+    brain = JEPABrain(
+        hparams["modules"], hparams["opt_class"], hparams, run_opts, hparams["checkpointer"]
+    )
+    run_on_main(
+        write_config,
+        [Path(hparams["output_folder"]) / "encoder_config.json"],
+        {
+            "encoder": hparams["encoder"],
+            "normalization": hparams["normalization"],
+            "training": describe_training(hparams),
+        },
+    )
+    brain.fit(hparams["epoch_counter"], train_loader, valid_loader)
+    finish(hparams, brain)
