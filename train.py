@@ -134,6 +134,7 @@ if __name__ == "__main__":
             str(Path(hparams["output_folder"]) / "tensorboard")
         )
 
+    hparams["valid_set"] = valid_loader.dataset
     brain = JEPABrain(
         hparams["modules"], hparams["opt_class"], hparams, run_opts, hparams["checkpointer"]
     )

@@ -1,22 +1,32 @@
-"""Speed of one whole pretraining step, ours and the plain reference's, side by side in one run.
+"""Speed of one whole pretraining step, ours and a plain reference's, side by side in one run.
 
     python benchmarks/pretrain_step.py --size base --batch 64 --precision bf16
 
 A step is all of it: masks, both encoders, predictor, loss, backward, gradient clip, AdamW, EMA.
-The two steps and the matrix product take turns, so that what else the machine does hits all
-alike; times are medians. GFLOP per clip are what FlopCounterMode counts in the reference's step,
-and both rates are taken of that same count.
+The two steps (`OurStep` below, `reference_step.py`) and a matrix product take turns, so that
+whatever else the machine does hits all alike; times are medians of the rounds. GFLOP per clip are
+what FlopCounterMode counts in the reference's step; both rates are taken of that same count, so
+that work we save shows as speed. Ragged masks (multiblock, time) have no plain counterpart: there
+our own step is counted, padding included.
 """
 
+import argparse
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+
 import torch
-from torch.utils.flop_counter import sdpa_flop
+from reference_step import ReferenceStep
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 
 from speechbrain_jepa.jepa import JEPA
 from speechbrain_jepa.losses import SmoothL1
 from speechbrain_jepa.masking import MultiBlockMasking, TimeMasking, UnstructuredMasking
-from speechbrain_jepa.vit import Encoder, Predictor
+from speechbrain_jepa.vit import Encoder, PatchGrid, Predictor
 
-SIZES = {  # encoder, predictor: the paper's Base, and M2D's smaller cuts of it
+SIZES = {  # encoder, predictor
     "base": (dict(dim=768, depth=12, num_heads=12), dict(dim=512, depth=8, num_heads=16)),
     "small": (dict(dim=384, depth=12, num_heads=6), dict(dim=256, depth=8, num_heads=8)),
     "tiny": (dict(dim=192, depth=12, num_heads=3), dict(dim=128, depth=8, num_heads=4)),
@@ -27,21 +37,19 @@ STRATEGIES = {
     "time": TimeMasking,
 }
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
-CPU_FLOPS = {  # the counter knows the CUDA kernels only
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
-}
+PRODUCT = (2048, 768, 3072)  # the MLP of 2048 tokens of ViT-Base
+WARMUP_STEPS = 2
 
 
 class OurStep:
-    """The same step with speechbrain_jepa: what `JEPABrain` does with one batch."""
+    """One step with speechbrain_jepa, as `JEPABrain` takes it."""
 
-    def __init__(self, grid, encoder, predictor, strategy, device, dtype, compile):
-        self.device, self.dtype = torch.device(device), dtype
-        self.masking = STRATEGIES[strategy](grid)
+    def __init__(self, grid, encoder, predictor, masking, device, dtype, compiled=False):
+        self.device, self.dtype, self.masking = torch.device(device), dtype, masking
         self.jepa = JEPA(
             Encoder(grid, **encoder), Predictor(grid, encoder["dim"], **predictor), SmoothL1()
         ).to(device)
-        self.forward = torch.compile(self.jepa) if compile else self.jepa
+        self.forward = torch.compile(self.jepa) if compiled else self.jepa
         self.parameters = [p for p in self.jepa.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in self.parameters if p.ndim > 1], "weight_decay": 0.05},
@@ -53,9 +61,133 @@ class OurStep:
         masks = self.masking(len(spectrogram), device=self.device)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             loss = self.forward(spectrogram, masks).loss
-        self.optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, 3.0)
+        torch.nn.utils.clip_grad_norm_(self.parameters, 3.0, foreach=True)
         self.optimizer.step()
         self.jepa.update_target(rate=0.999)
+        self.optimizer.zero_grad()
         return loss.detach()
+
+
+def build(which: str, args):
+    """ "ours" or "reference": a callable that trains one step, and its batch."""
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+    grid = PatchGrid(frames=args.frames)
+    encoder, predictor = SIZES[args.size]
+    masking = STRATEGIES[args.strategy](grid)
+    dtype = PRECISIONS[args.precision]
+    if which == "ours":
+        step = OurStep(grid, encoder, predictor, masking, args.device, dtype, args.compile)
+    else:
+        targets = grid.num_patches - masking.num_context
+        step = ReferenceStep(grid, encoder, predictor, targets, args.device, dtype)
+    return step, torch.randn(args.batch, grid.bands, grid.frames, device=args.device)
+
+
+def count_flops(step, batch) -> int:
+    """Of matrix products and attention, forward and backward; 2 a multiply-add."""
+    aten = torch.ops.aten
+    cpu_kernels = {  # the counter knows CUDA's attention kernels only
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop(
+            q, k, v
+        ),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda grad, q, k, v, *_, **__: sdpa_backward_flop(grad, q, k, v)
+        ),
+    }
+    with FlopCounterMode(display=False, custom_mapping=cpu_kernels) as counter:
+        step(batch)
+    return counter.get_total_flops()
+
+
+def peak_memory(which: str, args) -> int:
+    """Bytes a process of its own takes at most for a few steps (CUDA: on the device)."""
+    step, batch = build(which, args)
+    for _ in range(WARMUP_STEPS + 1):
+        step(batch)
+    if args.device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def seconds(work, device: str) -> float:
+    start = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def matrix_product(args):
+    """The product repeated for a tenth of a second or so, and its FLOPs."""
+    rows, inner, columns = PRODUCT
+    dtype = PRECISIONS[args.precision]
+    left = torch.randn(rows, inner, device=args.device).to(dtype)
+    right = torch.randn(inner, columns, device=args.device).to(dtype)
+    torch.mm(left, right)
+    once = seconds(lambda: torch.mm(left, right), args.device)
+    times = max(3, round(0.1 / once))
+    return lambda: [torch.mm(left, right) for _ in range(times)], times * 2 * rows * inner * columns
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--size", choices=SIZES, default="base")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--strategy", choices=STRATEGIES, default="unstructured")
+    parser.add_argument("--frames", type=int, default=208, help="of a crop: 208, 320 or 640")
+    parser.add_argument("--compile", action="store_true", help="torch.compile our model")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_arguments()
+    names = ["ours", "reference"] if args.strategy == "unstructured" else ["ours"]
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        memory = {name: pool.apply(peak_memory, (name, args)) for name in names}
+    steps = {name: build(name, args) for name in names}
+    flops = count_flops(*steps[names[-1]])
+    product, product_flops = matrix_product(args)
+    work = {
+        name: lambda step=step, batch=batch: step(batch) for name, (step, batch) in steps.items()
+    }
+    work["product"] = product
+    for _ in range(WARMUP_STEPS):
+        for run in work.values():
+            seconds(run, args.device)
+    rounds = [
+        {name: seconds(run, args.device) for name, run in work.items()} for _ in range(args.repeats)
+    ]
+    median = {name: statistics.median(times[name] for times in rounds) for name in work}
+    peak = product_flops / median["product"]
+
+    where = torch.cuda.get_device_name() if args.device == "cuda" else f"{args.threads} CPU threads"
+    print(
+        f"ViT-{args.size.capitalize()}, batch {args.batch}, {args.precision}, {args.frames} frames, "
+        f"{args.strategy}{', compiled' if args.compile else ''}; {where}, torch "
+        f"{torch.__version__}; {args.repeats} rounds\n"
+        f"{flops / args.batch / 1e9:.2f} GFLOP per clip; matrix product "
+        f"{' x '.join(map(str, PRODUCT))}: {peak / 1e9:.0f} GFLOP/s\n"
+    )
+    print("| step | clips/s | GFLOP/s | of the product | peak memory, GB |\n|---|---|---|---|---|")
+    for name in names:
+        rate = flops / median[name]
+        print(
+            f"| {name} | {args.batch / median[name]:.4g} | {rate / 1e9:.0f} | {rate / peak:.2f} "
+            f"| {memory[name] / 1e9:.2f} |"
+        )
+    if "reference" in names:
+        ratios = sorted(times["reference"] / times["ours"] for times in rounds)
+        print(
+            f"\nours / reference: {statistics.median(ratios):.2f} "
+            f"({ratios[0]:.2f} to {ratios[-1]:.2f} in single rounds)"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

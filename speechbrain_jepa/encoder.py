@@ -28,7 +28,6 @@ from speechbrain_jepa.features import (
     N_FFT,
     SAMPLE_RATE,
     LogMelSpectrogram,
-    Normalization,
     crop_samples,
 )
 
@@ -39,8 +38,15 @@ OUTPUT_NORM_EPS = 1e-5  # as in torch's layer norm
 INSTANCE_STD_FLOOR = 1e-5  # for clips of constant sound
 # arguments of SpeechBrain's Hugging Face interfaces that mean nothing here
 IGNORED = frozenset(
-    "for_pretraining with_lm_head with_casual_lm seq2seqlm quantization_config cache_dir "
-    "trust_remote_code".split()
+    (
+        "for_pretraining",
+        "with_lm_head",
+        "with_casual_lm",
+        "seq2seqlm",
+        "quantization_config",
+        "cache_dir",
+        "trust_remote_code",
+    )
 )
 
 
@@ -97,6 +103,7 @@ class AudioJEPA(nn.Module):
 
     Example
     -------
+    >>> from speechbrain_jepa.features import Normalization
     >>> from speechbrain_jepa.vit import Encoder, PatchGrid
     >>> encoder = Encoder(PatchGrid(frames=208), dim=48, depth=2, num_heads=3)
     >>> model = AudioJEPA((encoder, Normalization(-7.06, 4.19)))
@@ -350,15 +357,17 @@ class AudioJEPA(nn.Module):
         if batch == 0:
             raise ValueError(f"the batch of shape {tuple(wav.shape)} has no clip")
         samples = lengths.long().clamp(max=width)
-        num_steps, window = self.num_steps(width), self.encoder.grid.time_patches
-        steps = self.num_steps(samples)
+        steps, num_steps = self.num_steps(samples), self.num_steps(width)
+        window = self.encoder.grid.time_patches
+        num_windows, window_steps = -(-num_steps // window), min(num_steps, window)
+        whole = num_windows * window_steps * self.downsample_rate
         return _Clips(
-            padded=_reflect_ends(wav.float(), samples, num_steps * self.downsample_rate),
+            padded=_reflect_ends(wav.float(), samples, whole),
             samples=samples,
             steps=steps,
             num_steps=num_steps,
-            num_windows=-(-num_steps // window),
-            window_steps=min(num_steps, window),
+            num_windows=num_windows,
+            window_steps=window_steps,
             chunks=list(_chunks(steps, window, self.max_windows_per_batch)),
         )
 

@@ -79,7 +79,7 @@ class PatchGrid:
 
 
 def sincos_positions(frequency_patches: int, time_patches: int, dim: int) -> Tensor:
-    """Fixed 2-D sine-cosine positions [F * T, dim]: one half for frequency, one for time.
+    """Fixed 2-D sine-cosine positions [F * T, dim]: first half for time, second for frequency.
 
     Each half holds sin(p w) and cos(p w) of the patch's coordinate p for the dim / 4 frequencies
     w = 10000 ** (-i / (dim / 4)), as in MAE and I-JEPA.
@@ -100,7 +100,7 @@ def sincos_positions(frequency_patches: int, time_patches: int, dim: int) -> Ten
 
     by_frequency = axis(frequency_patches)[:, None].expand(-1, time_patches, -1)
     by_time = axis(time_patches)[None].expand(frequency_patches, -1, -1)
-    return torch.cat([by_frequency, by_time], -1).flatten(0, 1).float()
+    return torch.cat([by_time, by_frequency], -1).flatten(0, 1).float()
 
 
 def _working_dtype(x: Tensor) -> torch.dtype:
@@ -252,8 +252,8 @@ class Encoder(nn.Module):
         Tensor [B, K, D], or [1 + depth, B, K, D]
             The last layer is behind the final layer norm, the ones before are not.
         """
-        patches = self.grid.patches(spectrogram)
         positions = self._positions_for(spectrogram)
+        patches = self.grid.patches(spectrogram)
         if index is None:
             positions = positions.expand(len(patches), -1, -1)
         else:

@@ -135,7 +135,10 @@ def test_update_target_equals_equation_1_in_numpy(rate):
 
 
 def test_many_small_updates_follow_the_closed_form():
-    """With a fixed context encoder n updates leave rate ** n of the start."""
+    """With a fixed context encoder n updates leave rate ** n of the start.
+
+    Each update rounds to float32, by at most 2 ** -24 of the parameter.
+    """
     jepa, rate, updates = build(), 0.999, 500
     start = [p.double() for p in jepa.target_encoder.parameters()]
     for _ in range(updates):
@@ -144,7 +147,8 @@ def test_many_small_updates_follow_the_closed_form():
         start, jepa.context_encoder.parameters(), jepa.target_encoder.parameters(), strict=True
     ):
         context = context.detach().double()
-        assert_close(after.double(), context + rate**updates * (before - context))
+        expected = context + rate**updates * (before - context)
+        assert_close(after.double(), expected, relative=updates * 2.0**-24)
 
 
 def test_update_target_does_not_touch_the_context_encoder_or_the_graph():
@@ -315,10 +319,10 @@ def test_the_loss_under_bfloat16_autocast_is_near_the_float32_loss(domain, strat
 def test_the_nine_rows_of_tables_2_and_3_train(strategy, domain, frames):
     grid = PatchGrid(frames=frames)
     jepa = build(domain, grid=grid, moved=False)
-    masks, spectrogram = draw(strategy, clips=4, grid=grid), batch(4, frames)
+    masks, spectrogram = draw(strategy, clips=2, grid=grid), batch(2, frames)
     optimizer = torch.optim.AdamW([p for p in jepa.parameters() if p.requires_grad], lr=1e-3)
     losses = []
-    for _ in range(8):
+    for _ in range(4):
         output = jepa(spectrogram, masks)
         output.loss.backward()
         grads = {name: p.grad for name, p in jepa.named_parameters() if p.requires_grad}

@@ -344,12 +344,12 @@ def test_gradients_under_autocast_are_float32_for_every_parameter():
 
 
 def test_base_encoder_has_the_parameters_of_vit_base():
-    """12 layers of 12 d^2 + 13 d, patches of 256 values, the last norm; d = 768."""
-    with torch.device("meta"):
-        encoder = Encoder(PatchGrid(frames=208))
-    d = 768
-    expected = 12 * (12 * d * d + 13 * d) + (256 * d + d) + 2 * d
-    assert sum(parameter.numel() for parameter in encoder.parameters()) == expected
+    """A layer has 12 d^2 + 13 d, the patch projection 256 d + d, the last norm 2 d; d = 768."""
+    assert Encoder(GRIDS["16x4"], dim=4, num_heads=1).config["depth"] == 12
+    for depth in (0, 1):
+        encoder, d = Encoder(PatchGrid(frames=208), depth=depth), 768
+        expected = depth * (12 * d * d + 13 * d) + (256 * d + d) + 2 * d
+        assert sum(parameter.numel() for parameter in encoder.parameters()) == expected
 
 
 def test_initialisation_is_xavier_uniform_with_zero_biases():

@@ -1,0 +1,109 @@
+"""What the quickstart ends with: a probe table, the paper's Fig. 1, curves, and where things are."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from speechbrain_jepa.data import CropDataset, make_demo_corpus
+from speechbrain_jepa.encoder import AudioJEPA
+from speechbrain_jepa.evaluation.pictures import draw_curves, draw_masks
+from speechbrain_jepa.evaluation.quick_probe import ProbeTable, quick_probe
+from speechbrain_jepa.masking import MultiBlockMasking, TimeMasking, UnstructuredMasking
+from speechbrain_jepa.vit import Encoder
+
+UNTRAINED_ENCODERS = 3  # other initialisations of the same architecture
+
+
+def report(hparams: dict, pretrained: Path, tasks_folder: str | Path | None = None) -> ProbeTable:
+    """Probe a pretrained encoder against untrained ones and log-mel statistics; draw pictures.
+
+    Prints the table; writes `probe.csv`, `masks.png` and `curves.png` into the output folder.
+
+    Arguments
+    ---------
+    hparams : dict
+        Of the pretraining recipe.
+    pretrained : Path
+        The exported encoder.
+    tasks_folder : str, Path or None
+        Label sets to probe (see `read_label_sets`). None: the demo corpus.
+
+    Returns
+    -------
+    ProbeTable
+    """
+    output = Path(hparams["output_folder"])
+    seeds = (hparams["seed"] + 1000 * number for number in range(UNTRAINED_ENCODERS))
+    untrained = [_embedder((_untrained(hparams, seed), hparams["normalization"])) for seed in seeds]
+    table = quick_probe(
+        tasks_folder or make_demo_corpus(),
+        {"untrained": untrained, "trained": [_embedder(pretrained)]},
+    )
+    table.accuracy.to_csv(output / "probe.csv")
+    masks = _draw_masks(hparams, output / "masks.png")
+    curves = draw_curves(output / "metrics.csv", output / "curves.png")
+    print(f"\n{table}\n{table.verdict()}\n")
+    print(f"Masking strategies:  {masks}\nLoss and rank:       {curves}")
+    print(f"Pretrained encoder:  {pretrained}")
+    return table
+
+
+def _untrained(hparams, seed: int) -> Encoder:
+    """An encoder as the trained one was at the start."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Encoder(hparams["grid"], **hparams["encoder"].config)
+
+
+def _embedder(source):
+    """Waveforms to clip embeddings."""
+    encoder = AudioJEPA(source)
+
+    @torch.inference_mode()
+    def embed(wavs: list[np.ndarray]) -> np.ndarray:
+        lengths = torch.tensor([len(wav) for wav in wavs])
+        padded = pad_sequence([torch.from_numpy(wav) for wav in wavs], batch_first=True)
+        return encoder.embed(padded, lengths / lengths.max()).numpy()
+
+    return embed
+
+
+def _draw_masks(hparams, path: Path) -> Path:
+    """The same crop under each strategy, with masks from the samplers themselves."""
+    grid = hparams["grid"]
+    dataset: CropDataset = hparams["valid_set"]
+    wav = dataset.__getitems__([(0, 0)]).wav
+    spectrogram = hparams["features"].cpu()(wav, margins=True)[0]
+    generator = torch.Generator().manual_seed(hparams["seed"])
+    masks = {}
+    for name, strategy in (
+        ("unstructured", UnstructuredMasking(grid)),
+        ("multi-block", MultiBlockMasking(grid)),
+        ("time", TimeMasking(grid)),
+    ):
+        drawn = strategy(1, generator=generator)
+        masks[name] = (drawn.context_index[0], drawn.target_index[0])
+    return draw_masks(spectrogram, masks, (grid.patch_frequency, grid.patch_time), path)
+
+
+def join(tables: list[str | Path]) -> ProbeTable:
+    """The `probe.csv` of several runs as one table: each run's encoders are further seeds."""
+    frames = [pd.read_csv(table, index_col=["features", "seed"]) for table in tables]
+    joined = pd.concat(frames)
+    deterministic = joined.xs("log-mel statistics", drop_level=False).iloc[:1]
+    seeds = joined.drop("log-mel statistics").reset_index("seed", drop=True)
+    numbers = seeds.groupby(level=0).cumcount()
+    seeds.index = pd.MultiIndex.from_arrays([seeds.index, numbers], names=["features", "seed"])
+    return ProbeTable(pd.concat([deterministic, seeds.sort_index(ascending=[False, True])]))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit("usage: python -m speechbrain_jepa.evaluation.quickstart RUN/probe.csv ...")
+    combined = join(sys.argv[1:])
+    print(combined)
+    print(combined.verdict())
