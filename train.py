@@ -43,7 +43,12 @@ def prepare_manifests(hparams):
         manifest, _ = read_csv(hparams["train_csv"], **options)
     else:
         manifest, _ = scan_folder(**options)
-    parts = split_held_out(manifest, hparams["valid_share"], hparams["max_valid"])
+    parts = split_held_out(
+        manifest,
+        hparams["valid_share"],
+        hparams["max_valid"],
+        data_folder=hparams["data_folder"] or "",
+    )
     for name, items in zip(("train", "valid"), parts):
         manifest.subset(items).save(Path(hparams["cache_folder"]) / name)
 
@@ -115,15 +120,13 @@ if __name__ == "__main__":
     with open(hparams_file, encoding="utf-8") as file:
         hparams = load_hyperpyyaml(file, overrides)
 
-    if hparams["data_folder"] is None and hparams["train_csv"] is None:
-        hparams["data_folder"] = str(run_on_main(make_demo_corpus))
-        print(
-            "No --data_folder and no --train_csv: pretraining on the generated demo corpus in "
-            f"{hparams['data_folder']}"
-        )
-    run_on_main(prepare_manifests, kwargs={"hparams": hparams})
     sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
 
+    if hparams["data_folder"] is None and hparams["train_csv"] is None:
+        logger.info("No --data_folder and no --train_csv: taking the generated demo corpus")
+        hparams["data_folder"] = str(run_on_main(make_demo_corpus))
+        logger.info(f"Demo corpus: {hparams['data_folder']}")
+    run_on_main(prepare_manifests, [hparams])
     train_loader, valid_loader = make_loaders(hparams)
     hparams["normalization"].set(*measure_normalization(hparams, train_loader.dataset))
     hparams["skipped_files"] = SkippedFiles(Path(hparams["cache_folder"]) / "skipped.csv")

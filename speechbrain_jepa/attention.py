@@ -164,18 +164,18 @@ class _MatmulAttention(torch.autograd.Function):
     """Attention of short rows by batched matrix products, heads as extra rows of the batch.
 
     Written out because autograd of the same lines copies queries, keys and values apart and
-    together again, and keeps the scores from before the softmax.
+    together again, and keeps the scores from before the softmax. The softmax is float32's: its
+    half-precision kernel falls back to scalars in rows shorter than a vector register.
     """
 
     @staticmethod
     def forward(ctx, qkv: Tensor, num_heads: int, key_mask: Tensor | None) -> Tensor:
         heads = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).contiguous()
-        scale = heads.shape[-1] ** -0.5
         q, k, v = heads.flatten(1, 2)  # [B * heads, K, head_dim] each
-        scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
+        scores = _scaled_bmm(q, k.transpose(1, 2), q.shape[-1] ** -0.5)
         if key_mask is not None:
             scores.unflatten(0, (-1, num_heads)).add_(key_mask)
-        weights = scores.softmax(-1)
+        weights = scores.softmax(-1, dtype=_softmax_dtype(scores)).to(qkv.dtype)
         out = torch.bmm(weights, v)
         ctx.save_for_backward(heads, weights)
         return out.unflatten(0, (-1, num_heads)).transpose(1, 2).flatten(-2)
@@ -185,15 +185,29 @@ class _MatmulAttention(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         heads, weights = ctx.saved_tensors
         _, rows, num_heads, length, head_dim = heads.shape
+        scale = head_dim**-0.5
         q, k, v = heads.flatten(1, 2)
         grad = grad.unflatten(-1, (num_heads, head_dim)).transpose(1, 2).reshape(v.shape)
+        grad_weights = torch.bmm(grad, v.transpose(1, 2))
+        dtype = _softmax_dtype(weights)
+        grad_scores = torch._softmax_backward_data(
+            grad_weights.to(dtype), weights.to(dtype), -1, dtype
+        ).to(grad.dtype)
         grad_heads = torch.empty_like(heads)
         grad_q, grad_k, grad_v = grad_heads.flatten(1, 2)
+        _scaled_bmm(grad_scores, k, scale, out=grad_q)
+        _scaled_bmm(grad_scores.transpose(1, 2), q, scale, out=grad_k)
         torch.bmm(weights.transpose(1, 2), grad, out=grad_v)
-        grad_weights = torch.bmm(grad, v.transpose(1, 2))
-        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-        grad_scores.mul_(head_dim**-0.5)
-        torch.bmm(grad_scores, k, out=grad_q)
-        torch.bmm(grad_scores.transpose(1, 2), q, out=grad_k)
         grad_qkv = grad_heads.permute(1, 3, 0, 2, 4).reshape(rows, length, -1)
         return grad_qkv, None, None
+
+
+def _softmax_dtype(scores: Tensor) -> torch.dtype:
+    """float32, or the scores' own where they are finer."""
+    return torch.promote_types(scores.dtype, torch.float32)
+
+
+def _scaled_bmm(left: Tensor, right: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+    """scale * left @ right in one pass."""
+    ignored = left.new_empty(())  # beta = 0: never read
+    return torch.baddbmm(ignored, left, right, beta=0, alpha=scale, out=out)

@@ -8,12 +8,13 @@ import speechbrain as sb
 import torch
 import yaml
 from speechbrain.utils.checkpoints import (
+    Checkpoint,
     Checkpointer,
     mark_as_loader,
     mark_as_saver,
     register_checkpoint_hooks,
 )
-from speechbrain.utils.distributed import if_main_process
+from speechbrain.utils.distributed import ddp_barrier, if_main_process, main_process_only
 from speechbrain.utils.logger import get_logger
 
 from speechbrain_jepa.masking import PatchMasks
@@ -73,6 +74,20 @@ class AtomicCheckpointer(Checkpointer):
             for leftover in self.checkpoints_dir.glob(f"{self.PARTIAL}*"):
                 self._delete_directory(leftover)
         partial = super().save_checkpoint(meta or {}, end_of_epoch, name, logging.DEBUG)
+        final = self._move_into_place(partial, verbosity)
+        ddp_barrier()  # nobody looks for checkpoints before the new one is there
+        return final
+
+    @main_process_only
+    def delete_checkpoints(self, *args, **kwargs):
+        """As in the base class, but on the main process alone.
+
+        There every process looks for itself and all wait for each other once for each checkpoint
+        found: a deadlock, where one looks after another has deleted.
+        """
+        super().delete_checkpoints(*args, **kwargs)
+
+    def _move_into_place(self, partial: Checkpoint | None, verbosity: int) -> Checkpoint | None:
         if partial is None:  # not the main process
             return None
         final = partial.path.with_name(partial.path.name.removeprefix(self.PARTIAL))

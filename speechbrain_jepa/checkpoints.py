@@ -329,7 +329,7 @@ def _read_config(path: Path) -> dict:
                 f"{path} asks for features with {name}={config['features'].get(name)!r}; "
                 f"this version of speechbrain-jepa computes {value!r} only"
             )
-    return config
+    return {"training": {}, **config}
 
 
 def _build(config: dict, state: dict, source) -> tuple[Encoder, Normalization]:
@@ -381,7 +381,7 @@ def _read_experiment(folder: Path, which: str) -> tuple[dict, dict]:
         if name.startswith(prefix)
     }
     facts = {name: value for name, value in meta.items() if isinstance(value, int | float)}
-    training = {**config.get("training", {}), "encoder": which, "checkpoint": facts}
+    training = {**config["training"], "encoder": which, "checkpoint": facts}
     return {**config, "training": training}, state
 
 
@@ -457,6 +457,9 @@ def _model_card(config: dict, state: dict) -> str:
     millions = sum(tensor.numel() for tensor in state.values()) / 1e6
     seconds = grid.frames * features.HOP_LENGTH / features.SAMPLE_RATE
     step = grid.patch_time * features.HOP_LENGTH / features.SAMPLE_RATE
+    layers = f"{settings['depth']} layers, {settings['num_heads']} heads, {settings['dim']} dims"
+    shape = f"{grid.patch_frequency} bands x {grid.patch_time} frames"
+    dims = f"{grid.frequency_patches} x {settings['dim']}"
     training = yaml.safe_dump(config["training"], sort_keys=False, allow_unicode=True).strip()
     return f"""\
 ---
@@ -475,10 +478,10 @@ Audio Representation Learning", 2024. Written by speechbrain-jepa.
 
 | | |
 | --- | --- |
-| encoder | {settings["depth"]} layers, {settings["num_heads"]} heads, {settings["dim"]} dims, {millions:.1f} M parameters |
+| encoder | {layers}, {millions:.1f} M parameters |
 | window | {grid.frames} frames ({seconds:.2f} s); longer audio is cut into windows |
-| patches | {grid.patch_frequency} bands x {grid.patch_time} frames, {grid.frequency_patches} x {grid.time_patches} of them |
-| output | one vector of {grid.frequency_patches} x {settings["dim"]} = {grid.frequency_patches * settings["dim"]} dims every {step:g} s |
+| patches | {shape}, {grid.frequency_patches} x {grid.time_patches} of them |
+| output | one vector of {dims} dims every {step:g} s |
 
 ## How it was trained
 
@@ -502,7 +505,8 @@ s3prl:
 
 ```
 pip install 'speechbrain-jepa[s3prl]'
-python -m speechbrain_jepa.s3prl run_downstream.py -m train -n emotion -u audio_jepa -k FOLDER -d emotion
+python -m speechbrain_jepa.s3prl run_downstream.py -m train -n my_run -d emotion \\
+    -u audio_jepa -k FOLDER
 ```
 
 PyTorch:

@@ -11,7 +11,9 @@ the last one has as many patches as are left. So nothing of a clip's output depe
 """
 
 import copy
+import logging
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +32,8 @@ from speechbrain_jepa.features import (
     LogMelSpectrogram,
     crop_samples,
 )
+
+logger = logging.getLogger(__name__)
 
 NORMALIZATIONS = ("pretraining", "dataset", "instance")
 MARGIN = N_FFT // 2  # samples that a frame needs on each side of its centre
@@ -145,9 +149,9 @@ class AudioJEPA(nn.Module):
             raise ValueError(f"max_windows_per_batch={max_windows_per_batch}: use at least 1")
         if isinstance(source, tuple):
             self.encoder, self.normalization = copy.deepcopy(source)
-            self.config = {"training": {}}
+            self.description = {"training": {}}
         else:
-            self.encoder, self.normalization, self.config = load_pretrained(source, save_path)
+            self.encoder, self.normalization, self.description = load_pretrained(source, save_path)
         self.features = LogMelSpectrogram()
         self.output_norm = output_norm
         self.output_all_hiddens = output_all_hiddens
@@ -270,7 +274,7 @@ class AudioJEPA(nn.Module):
         """
         with self._grad_mode():
             clips = self._clips(wav, wav_lens)
-            sums = self._over_windows(clips, _sums, steps=1).sum((-3, -2))
+            sums = self._over_windows(clips, _step_sums, steps=1).sum((-3, -2))
             sums = sums / clips.steps.to(wav.device)[:, None]
             mean, square = sums[..., :-1], sums[..., -1:]
             if self.output_norm:
@@ -282,28 +286,37 @@ class AudioJEPA(nn.Module):
 
     # Normalisation
 
-    def fit_normalization(self, clips, max_clips: int = 5000) -> "AudioJEPA":
+    @torch.no_grad()
+    def fit_normalization(self, source, max_clips: int = 5000, num_workers: int = 2) -> "AudioJEPA":
         """Measure mean and deviation of the log-mel for `normalization="dataset"`.
 
         Arguments
         ---------
-        clips : iterable
-            Batches [B, samples] or pairs (batch, wav_lens), 16 kHz: from a SpeechBrain loader,
-            `(batch.sig for batch in loader)`. From files: `speechbrain_jepa.embed.read_clips`.
+        source : str, Path, list of them, or iterable of batches
+            A folder or files of audio (those that cannot be read are left out), or batches
+            [B, samples] or pairs (batch, wav_lens), as from a SpeechBrain loader:
+            `(batch.sig for batch in loader)`.
         max_clips : int
-            Stop after so many. Default 5000, the paper's evaluation.
+            Measure on so many: files evenly spread, or the first batches. Default 5000, the
+            paper's evaluation.
+        num_workers : int
+            Threads that decode files. Default 2.
 
         Returns
         -------
         AudioJEPA
             Itself. The pair is part of the state dict, so a checkpoint brings it back.
+
+        Raises
+        ------
+        FileNotFoundError, ValueError
+            If there is no clip to measure on, or all are constant.
         """
         count = total = squares = 0.0
         seen = 0
-        for batch in clips:
-            wav, wav_lens = batch if isinstance(batch, tuple | list) else (batch, None)
-            wav = wav.to(self.normalization.mean.device)
-            sums = self._sums(self._clips(wav, wav_lens)).sum(1).tolist()
+        for wav, wav_lens in _batches(source, max_clips, num_workers):
+            clips = self._clips(wav.to(self.normalization.mean.device), wav_lens)
+            sums = self._log_mel_sums(clips).sum(1).tolist()
             count, total, squares = count + sums[0], total + sums[1], squares + sums[2]
             seen += len(wav)
             if seen >= max_clips:
@@ -316,8 +329,21 @@ class AudioJEPA(nn.Module):
 
     def save_pretrained(self, folder):
         """Write the encoder as it is now, after fine-tuning say, as a pretrained folder."""
-        training = self.config["training"]
+        self._check_fitted()
+        training = self.description["training"]
         return save_pretrained(folder, self.encoder, self.normalization, training)
+
+    @property
+    def is_fitted(self) -> bool:
+        """False for `normalization="dataset"` before `fit_normalization`."""
+        return self.normalize != "dataset" or not self.normalization.mean.isnan()
+
+    def _check_fitted(self) -> None:
+        if not self.is_fitted:
+            raise RuntimeError(
+                'normalization="dataset" has no statistics yet: call fit_normalization on the '
+                "training clips, or load a checkpoint of a model where that was done"
+            )
 
     # How it is computed
 
@@ -337,16 +363,14 @@ class AudioJEPA(nn.Module):
             wav_lens = torch.ones(batch)
         if wav_lens.shape != (batch,):
             raise ValueError(f"wav_lens has shape {tuple(wav_lens.shape)}, not ({batch},)")
-        relative = wav_lens.to(wav.device, torch.float64)
+        relative = wav_lens.detach().cpu().double()
         lengths = (relative * width).round()
-        inside = torch.arange(width, device=wav.device) < lengths[:, None]
-        finite = (wav.isfinite() | ~inside).all(1)
-        # all that the host must know, in one transfer
-        relative, lengths, finite = torch.stack([relative, lengths, finite.double()]).cpu()
+        inside = torch.arange(width, device=wav.device) < lengths.long().to(wav.device)[:, None]
+        finite = (wav.isfinite() | ~inside).all(1).cpu()
         for wrong, what in (
             (~((relative >= 0) & (relative <= 1 + 1e-6)), "has a wav_lens outside 0 to 1"),
             (lengths < 1, "is empty"),
-            (finite == 0, "holds NaN or infinite samples"),
+            (~finite, "holds NaN or infinite samples"),
         ):
             if wrong.any():
                 clip = int(wrong.nonzero()[0])
@@ -384,7 +408,7 @@ class AudioJEPA(nn.Module):
             audio = torch.arange(frames, device=device) < last.to(device)[:, None]
             yield chunk, log_mel.masked_fill_(~audio[:, None], SILENCE), audio
 
-    def _sums(self, clips: "_Clips") -> Tensor:
+    def _log_mel_sums(self, clips: "_Clips") -> Tensor:
         """Count, sum and sum of squares of each clip's log-mel: [3, B], float64."""
         sums = clips.padded.new_zeros(3, len(clips.samples), dtype=torch.float64)
         for chunk, log_mel, audio in self._log_mels(clips):
@@ -397,7 +421,7 @@ class AudioJEPA(nn.Module):
     def _spectrograms(self, clips: "_Clips") -> Iterator[tuple["_Chunk", Tensor]]:
         """Windows of similar length with their normalised spectrogram."""
         if self.normalize == "instance":
-            count, total, squares = self._sums(clips)
+            count, total, squares = self._log_mel_sums(clips)
             mean = total / count
             std = (squares / count - mean.square()).clamp(min=0).sqrt()
             mean, std = mean.float(), std.float().clamp(min=INSTANCE_STD_FLOOR)
@@ -405,11 +429,7 @@ class AudioJEPA(nn.Module):
                 clip = chunk.clip.to(mean.device)
                 yield chunk, (log_mel - mean[clip, None, None]) / std[clip, None, None]
             return
-        if self.normalize == "dataset" and self.normalization.mean.isnan():
-            raise RuntimeError(
-                'normalization="dataset" has no statistics yet: call fit_normalization on the '
-                "training clips, or load a checkpoint of a model where that was done"
-            )
+        self._check_fitted()
         for chunk, log_mel, _ in self._log_mels(clips):
             yield chunk, self.normalization(log_mel)
 
@@ -449,8 +469,8 @@ class AudioJEPA(nn.Module):
 class _Chunk:
     """Windows of similar length that are encoded together, longest first; all on the CPU."""
 
-    clip: Tensor  # [W], whose window it is
-    number: Tensor  # [W], the how manieth of its clip
+    clip: Tensor  # [W], which clip each is from
+    number: Tensor  # [W], which of its clip.s windows it is
     patches: Tensor  # [W], time patches
 
     @property
@@ -496,6 +516,22 @@ def _chunks(steps: Tensor, window: int, limit: int) -> Iterator[_Chunk]:
         start = stop
 
 
+def _batches(source, max_clips: int, num_workers: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Pairs of waveforms and wav_lens from whatever `fit_normalization` takes."""
+    if isinstance(source, str | os.PathLike):
+        source = [source]
+    if isinstance(source, list | tuple) and isinstance(source[0], str | os.PathLike):
+        from speechbrain_jepa.data.clips import find_audio, read_clips  # not needed without files
+
+        files = find_audio(source)
+        files = files[:: math.ceil(len(files) / max_clips)]
+        for batch in read_clips(files, num_workers=num_workers, on_failure=logger.warning):
+            yield batch.wav, batch.wav_lens
+        return
+    for batch in source:
+        yield tuple(batch) if isinstance(batch, tuple | list) else (batch, None)
+
+
 def _reflect_ends(wav: Tensor, samples: Tensor, width: int) -> Tensor:
     """Continue each clip [B, :samples] by MARGIN reflected samples at its two ends.
 
@@ -512,7 +548,7 @@ def _reflect_ends(wav: Tensor, samples: Tensor, width: int) -> Tensor:
     return padded.scatter_(1, place + MARGIN, reflected)
 
 
-def _sums(steps: Tensor) -> Tensor:
+def _step_sums(steps: Tensor) -> Tensor:
     """[..., T, C] to [..., 1, C + 1]: the sum of the time steps, and of all their squares."""
     steps = steps.float()
     total = steps.sum(-2, keepdim=True)

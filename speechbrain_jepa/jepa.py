@@ -115,7 +115,18 @@ class JEPA(nn.Module):
         Returns
         -------
         JEPAOutput
+
+        Raises
+        ------
+        ValueError
+            If the spectrogram is not of the grid's size, or there are masks for other clips.
         """
+        grid = self.context_encoder.grid
+        if spectrogram.shape != (len(masks), grid.bands, grid.frames):
+            raise ValueError(
+                f"spectrogram of shape {tuple(spectrogram.shape)} with masks for {len(masks)} "
+                f"clips: expected ({len(masks)}, {grid.bands}, {grid.frames})"
+            )
         targets = self.targets(spectrogram, masks)
         context = self.context_encoder(spectrogram, masks.context_index, masks.context_valid)
         predictions = self.predictor(

@@ -3,6 +3,13 @@
 import numpy as np
 import pytest
 import soundfile
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Tensors as small as the tests' are slower on more: threads wait for each other."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -266,7 +266,7 @@ def test_a_batch_gives_the_mean_of_the_losses_and_gradients_of_its_clips_alone(
     assert_close(together.detach(), alone.mean().detach())
     ours, theirs = gradients(jepa, together), gradients(jepa, alone.mean())
     for name in ours:
-        assert_close(ours[name], theirs[name]), name
+        assert_close(ours[name], theirs[name])
 
 
 @all_domains
@@ -311,8 +311,8 @@ def test_the_loss_under_bfloat16_autocast_is_near_the_float32_loss(domain, strat
     ours, theirs = gradients(jepa, half), gradients(jepa, full)
     for name in ours:
         assert ours[name].dtype == torch.float32
-        # 20 roundings between the loss and the first layer, of the Euclidean norm
-        assert (ours[name] - theirs[name]).norm() < 20 * 2.0**-8 * theirs[name].norm(), name
+        # ten roundings in a row, of the Euclidean norm
+        assert (ours[name] - theirs[name]).norm() < 10 * 2.0**-8 * theirs[name].norm(), name
 
 
 @pytest.mark.parametrize(("strategy", "domain", "frames"), TABLE_ROWS)
@@ -350,3 +350,8 @@ def test_finer_patches_train_too(grid, strategy):
 def test_an_unknown_target_domain_is_refused_with_the_two_there_are(wrong):
     with pytest.raises(ValueError, match="choose one of audio, latent"):
         build(wrong)
+
+
+def test_a_spectrogram_of_another_size_is_refused():
+    with pytest.raises(ValueError, match=r"expected \(2, 80, 208\)"):
+        build()(torch.zeros(2, 80, 192), UnstructuredMasking(GRID)(2))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from speechbrain_jepa.vit import Encoder, PatchGrid, Predictor, sincos_positions
+from speechbrain_jepa.vit import Encoder, LayerNorm, PatchGrid, Predictor, sincos_positions
 
 GRIDS = {
     "16x16": PatchGrid(frames=208),  # 5 x 13 patches
@@ -341,6 +341,23 @@ def test_gradients_under_autocast_are_float32_for_every_parameter():
     for name, parameter in encoder.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [130, 4_160, 33_280])  # 65 tokens of 2, 64 and 512 clips
+def test_layer_norm_in_half_precision_sums_its_gradients_in_float32(dtype, rows):
+    """Summed in bfloat16 they stop growing at 256 times a row's share: 70 % off at 33 280 rows."""
+    norm = randomized(LayerNorm(48, eps=1e-6))
+    x, grad = noise(rows, 48).to(dtype), (noise(rows, 48).flip(0) + 0.1).to(dtype)
+    parameters = (norm.weight, norm.bias)
+    ours, theirs = (
+        torch.autograd.grad(norm(x.to(kind)), parameters, grad.to(kind))
+        for kind in (dtype, torch.float32)
+    )
+    for our, their in zip(ours, theirs, strict=True):
+        assert our.dtype == torch.float32
+        # x, its normalised form, their product and the sum are rounded, once each
+        assert (our - their).norm() < 4 * torch.finfo(dtype).eps / 2 * their.norm()
 
 
 def test_base_encoder_has_the_parameters_of_vit_base():

@@ -25,9 +25,10 @@ SPLITS = {"train": 0.58, "valid": 0.13, "test": 0.29}
 INSTRUMENTS = {"train": 10, "valid": 3, "test": 6}  # per sound; no split shares one
 SECONDS = (3.0, 4.6)
 
-PITCHES = tuple(range(50, 74, 2))  # MIDI notes D3 to C5 in whole tones: 147 to 523 Hz
+PITCHES = tuple(range(57, 69))  # MIDI notes A3 to G#4: 220 to 415 Hz
+LOWEST, HIGHEST = 50, 76  # of melodies, D3 to E5
 MELODIES = ("rising", "falling", "wave", "trill", "leaps")
-RHYTHMS = ("steady", "running", "dotted", "gallop", "bursts")
+RHYTHMS = ("steady", "running", "roll", "gallop", "bursts")
 
 
 @dataclass(frozen=True)
@@ -226,10 +227,9 @@ def _score(clip: Clip, rng) -> Score:
     if clip.pitch:
         notes = np.full(len(onsets), float(clip.pitch))
     else:
-        lowest, highest = PITCHES[0], PITCHES[-1]
         contour = _contour(clip.melody or "wave", len(onsets), rng)
         contour -= contour.min()
-        notes = contour + rng.uniform(lowest, max(highest - contour.max(), lowest + 1))
+        notes = contour + rng.uniform(LOWEST, HIGHEST - contour.max())
     return Score(
         samples=int(seconds * SAMPLE_RATE),
         onsets=onsets,
@@ -244,9 +244,9 @@ def _gaps(rhythm: str, rng):
     if rhythm == "steady":
         pattern = [rng.uniform(0.38, 0.7)]
     elif rhythm == "running":
-        pattern = [rng.uniform(0.11, 0.2)]
-    elif rhythm == "dotted":  # long, short
-        pattern = rng.uniform(0.45, 0.8) * np.array([0.75, 0.25])
+        pattern = [rng.uniform(0.14, 0.22)]
+    elif rhythm == "roll":
+        pattern = [rng.uniform(0.06, 0.085)]
     elif rhythm == "gallop":  # long, short, short
         pattern = rng.uniform(0.45, 0.8) * np.array([0.5, 0.25, 0.25])
     else:  # bursts: a few quick ones, then a rest

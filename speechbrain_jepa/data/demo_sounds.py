@@ -112,7 +112,8 @@ def wander(rng, samples: int, rate: float) -> np.ndarray:
 
 
 def noise(rng, samples: int) -> np.ndarray:
-    return rng.standard_normal(samples, dtype=np.float32)
+    """White noise of unit deviation; uniform draws cost a third of normal ones."""
+    return (rng.random(samples, dtype=np.float32) - np.float32(0.5)) * np.float32(12**0.5)
 
 
 def band_noise(rng, samples: int, low: float, high: float, order: int = 1) -> np.ndarray:
@@ -128,8 +129,13 @@ def cycles(frequency: np.ndarray, start: float = 0.0) -> np.ndarray:
     return start + np.cumsum(frequency, dtype=np.float64) / SAMPLE_RATE
 
 
+def fraction(phase: np.ndarray) -> np.ndarray:
+    """What a phase is beyond whole cycles, float32 (`%` costs five times as much)."""
+    return (phase - np.floor(phase)).astype(np.float32)
+
+
 def sine(phase: np.ndarray) -> np.ndarray:
-    return np.sin((2 * np.pi * (phase % 1.0)).astype(np.float32))
+    return np.sin(np.float32(2 * np.pi) * fraction(phase))
 
 
 def wavetables(amplitudes: np.ndarray, rng) -> np.ndarray:
@@ -142,7 +148,7 @@ def wavetables(amplitudes: np.ndarray, rng) -> np.ndarray:
 
 def harmonic_sound(phase: np.ndarray, tables: np.ndarray, position: np.ndarray) -> np.ndarray:
     """Read wavetables [K, TABLE_SIZE] at a phase, blended at `position` from 0 to K - 1."""
-    column = (phase % 1.0 * TABLE_SIZE).astype(np.int32)
+    column = (fraction(phase) * TABLE_SIZE).astype(np.int32) % TABLE_SIZE
     position = np.clip(position, 0, len(tables) - 1.001)
     row = position.astype(np.int32)
     flat = tables.ravel()
@@ -342,7 +348,7 @@ def bell(score, instrument, rng):
         phase = cycles(line.frequency(detune=detune), rng.random())
         modulation = index * line.velocity * np.exp(-line.age / (decay * 0.35))
         partial = sine(phase * ratio)
-        sound = np.sin((2 * np.pi * (phase % 1.0)).astype(np.float32) + modulation * partial)
+        sound = np.sin(np.float32(2 * np.pi) * fraction(phase) + modulation * partial)
         sound *= 1 + 0.3 * np.cos(2 * np.pi * beat * line.age)
         sound += hum * sine(phase * 0.5) + 0.3 * partial * np.exp(-line.age / 0.2)
         return line.place(sound * line.struck(decay, 0.002) * line.velocity)
@@ -431,7 +437,7 @@ def siren(score, instrument, rng):
     style, rate = instrument.integers(3), instrument.uniform(0.5, 1.0)
     rate *= (1.0, 4.0, 1.5)[style] * rng.uniform(0.85, 1.15)
     turn = rng.random() + rate / SAMPLE_RATE * np.arange(score.samples)
-    wave = np.abs(2 * (turn % 1) - 1)
+    wave = np.abs(2 * fraction(turn) - 1)
     if style == 2:
         wave = smooth((wave > 0.5).astype(np.float32), 0.004)
     h = np.arange(1, int(HIGHEST / (low * ratio)) + 1)
@@ -460,7 +466,7 @@ def engine(score, instrument, rng):
     pipe = (0.1 + pipe) / (1 + (frequency / muffler) ** 2)
     uneven = rng.uniform(0.5, 1.5, (2, len(h)))
     sound = harmonic_sound(cycles(firing), wavetables(pipe * uneven, rng), throttle)
-    puff = (1 - cycles(firing) % 1).astype(np.float32) ** 3
+    puff = (1 - fraction(cycles(firing))) ** 3
     exhaust = band_noise(rng, score.samples, 80, muffler * 2)
     sound = sound / (sound.std() + 1e-9) + (0.3 + 3 * rough) * exhaust * puff
     return (sound * (0.4 + 0.6 * throttle)).astype(np.float32)

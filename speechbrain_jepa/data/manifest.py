@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,8 @@ from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+LOWEST_RATE = 1_000  # Hz; a slower signal is no audio
 ARRAYS = (
     *("path_bytes", "path_ends", "start", "length"),
     *("sample_rate", "total", "size", "mtime_ns"),
@@ -97,22 +99,27 @@ class Manifest:
         """Duration of each segment."""
         return self.length / self.sample_rate
 
+    def raw_paths(self) -> list[bytes]:
+        """All paths, undecoded: for work on the whole manifest, outside loader processes."""
+        block, ends = self.path_bytes.tobytes(), self.path_ends.tolist()
+        return [block[begin:end] for begin, end in zip([0, *ends], ends)]
+
     def headers(self) -> dict:
         """(samples, sample rate) by (path, size, mtime_ns)."""
-        files = zip(map(self.path, range(len(self))), self.size.tolist(), self.mtime_ns.tolist())
+        paths = map(os.fsdecode, self.raw_paths())
+        files = zip(paths, self.size.tolist(), self.mtime_ns.tolist())
         return dict(zip(files, zip(self.total.tolist(), self.sample_rate.tolist())))
 
     def subset(self, items: np.ndarray) -> "Manifest":
         """The segments with these numbers, in this order."""
         items = np.asarray(items, np.int64)
-        begins = np.concatenate([[0], self.path_ends[:-1]]).astype(np.int64)
-        lengths = (self.path_ends - begins)[items]
-        ends = np.cumsum(lengths)
-        # position of each byte: its place in the new block, moved to where its path begins now
-        moves = np.repeat(begins[items] - (ends - lengths), lengths)
-        path_bytes = self.path_bytes[np.arange(len(moves)) + moves]
-        others = (getattr(self, name)[items] for name in ARRAYS[2:])
-        return Manifest(path_bytes, ends, *others)
+        paths = self.raw_paths()
+        paths = [paths[item] for item in items.tolist()]
+        return Manifest(
+            np.frombuffer(b"".join(paths), np.uint8),
+            np.cumsum([len(path) for path in paths], dtype=np.int64),
+            *(np.array(getattr(self, name)[items]) for name in ARRAYS[2:]),
+        )
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write one .npy file per array into a folder."""
@@ -141,6 +148,9 @@ class Manifest:
 class SkippedFiles:
     """The list of files that were not used, `skipped.csv`: file, reason. One line for each file.
 
+    Lines are only ever appended, so a resumed run and the processes of a distributed one can go
+    on writing to it.
+
     Arguments
     ---------
     path : str or path
@@ -155,43 +165,71 @@ class SkippedFiles:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        self._files = set()
-        if self.path.exists():
-            with open(self.path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-                self._files = {row["file"] for row in csv.DictReader(file)}
+        self._files: set[str] = set()
+        self._bytes_read = -1
+        self._catch_up()
 
     def __len__(self) -> int:
+        self._catch_up()
         return len(self._files)
 
     def add(self, file: str, reason: str) -> bool:
         """Append a line, unless the file has one; tells whether it did."""
+        self._catch_up()
         if file in self._files:
             return False
-        new = not self.path.exists()
-        with open(self.path, "a", newline="", encoding="utf-8", errors="surrogateescape") as out:
+        with self._open("a") as out:
             writer = csv.writer(out, lineterminator="\n")
-            if new:
+            if out.tell() == 0:
                 writer.writerow(["file", "reason"])
             writer.writerow([file, reason])
-        self._files.add(file)
         return True
 
+    def _open(self, mode: str):
+        return open(self.path, mode, newline="", encoding="utf-8", errors="surrogateescape")
 
-def _find_audio(folder: Path):
-    """Relative path, size and modification time of every audio file below a folder, sorted."""
-    found = []
-    pending = [folder]
-    while pending:
-        with os.scandir(pending.pop()) as entries:
-            for entry in entries:
+    def _catch_up(self) -> None:
+        """Read what this or another process has written since."""
+        size = self.path.stat().st_size if self.path.exists() else 0
+        if size != self._bytes_read:
+            self._files = set()
+            if size:
+                with self._open("r") as file:
+                    self._files = {row["file"] for row in csv.DictReader(file)}
+            self._bytes_read = size
+
+
+def _find_audio(folder: str) -> tuple[list[tuple[str, int, int]], list[tuple[str, str]]]:
+    """Every audio file below a folder (relative path, size, modification time), sorted; and what
+    could not be looked at (relative path, reason)."""
+    found, unreadable = [], []
+    folder = os.path.join(folder, "")
+    pending, links, visited = [folder], [], set()
+    while pending or links:
+        # linked folders last: what is also there under its real name is found under that name,
+        # once, and a link to a folder above ends here
+        current = pending.pop() if pending else links.pop()
+        try:
+            stat = os.stat(current)
+            if (stat.st_dev, stat.st_ino) in visited:
+                continue
+            visited.add((stat.st_dev, stat.st_ino))
+            entries = sorted(os.scandir(current), key=lambda entry: entry.name, reverse=True)
+        except OSError as error:
+            unreadable.append((current[len(folder) :], f"cannot be listed: {error.strerror}"))
+            continue
+        for entry in entries:
+            path = entry.path[len(folder) :]
+            try:
                 if entry.is_dir():
                     if not entry.name.startswith("."):
-                        pending.append(entry.path)
+                        (links if entry.is_symlink() else pending).append(entry.path)
                 elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
                     stat = entry.stat()
-                    path = os.path.relpath(entry.path, folder)
                     found.append((path, stat.st_size, stat.st_mtime_ns))
-    return sorted(found)
+            except OSError as error:  # a link to nowhere, or to itself
+                unreadable.append((path, f"cannot be opened: {error.strerror}"))
+    return sorted(found), unreadable
 
 
 def _check_writable(folder: Path) -> None:
@@ -217,7 +255,8 @@ def scan_folder(
     """Find the audio files below a folder and read their headers.
 
     The manifest is kept in `cache_folder`; the next scan reads only the headers of files that are
-    new or changed (by size and modification time). Hidden folders are passed over.
+    new or changed (by size and modification time). Hidden folders are passed over, linked ones
+    followed. In a distributed run, call it on the main process and `Manifest.load` on the others.
 
     Arguments
     ---------
@@ -254,7 +293,7 @@ def scan_folder(
     if not data_folder.is_dir():
         raise NotADirectoryError(f"data_folder={data_folder} is not a folder")
     _check_writable(cache_folder)
-    found = _find_audio(data_folder)
+    found, unreadable = _find_audio(os.fspath(data_folder))
     if not found:
         raise ValueError(
             f"no audio file below data_folder={data_folder}: looked for names ending in "
@@ -269,6 +308,7 @@ def scan_folder(
         min_seconds,
         num_threads,
         progress,
+        unreadable,
     )
 
 
@@ -310,28 +350,36 @@ def read_csv(
     if not train_csv.is_file():
         raise FileNotFoundError(f"train_csv={train_csv} does not exist")
     _check_writable(cache_folder)
-    root = str(data_folder or "")
-    entries = []
+    root = "" if data_folder is None else os.path.abspath(data_folder)
+    entries, stats = [], {}
     with open(train_csv, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file, skipinitialspace=True)
         missing = {"ID", "duration", "wav"} - set(reader.fieldnames or [])
         if missing:
             raise ValueError(
-                f"train_csv={train_csv} lacks the column {', '.join(sorted(missing))}: SpeechBrain's "
-                "columns are ID, duration, wav and optionally start, stop"
+                f"train_csv={train_csv} lacks the column {', '.join(sorted(missing))}: "
+                "SpeechBrain's columns are ID, duration, wav and optionally start, stop"
             )
-        for line, row in enumerate(reader, start=2):
-            path = row["wav"].replace("$data_root", root).replace("{data_root}", root)
+        for row in reader:
+            place = f"{train_csv}, line {reader.line_num}"
+            path = _csv_path(row["wav"], root, place)
             try:
                 start = int(float(row.get("start") or 0))
-                stop = int(float(row["stop"])) if row.get("stop") else None
+                stop = int(float(row.get("stop") or start))
             except ValueError as error:
-                raise ValueError(f"{train_csv}, line {line}: start or stop: {error}") from error
-            try:
-                stat = os.stat(os.path.join(root, path))
-                entries.append((path, start, stop, stat.st_size, stat.st_mtime_ns))
-            except OSError:
-                entries.append((path, start, stop, -1, -1))  # the header read says what is wrong
+                raise ValueError(f"{place}: start or stop: {error}") from error
+            if not 0 <= start <= stop:
+                raise ValueError(
+                    f"{place}: start={start}, stop={stop}: 0 <= start <= stop is meant"
+                )
+            if path not in stats:
+                try:
+                    stat = os.stat(os.path.join(root, path))
+                    stats[path] = stat.st_size, stat.st_mtime_ns
+                except OSError:
+                    stats[path] = -1, -1  # reading the header will say what is wrong
+            # as in SpeechBrain, a stop equal to start, or none, is the end of the file
+            entries.append((path, start, stop if stop > start else None, *stats[path]))
     if not entries:
         raise ValueError(f"train_csv={train_csv} has no rows")
     source = f"{train_csv.resolve()} {root}"
@@ -340,41 +388,67 @@ def read_csv(
     )
 
 
-def _manifest_of(entries, root, cache_folder, source, min_seconds, num_threads, progress):
+def _csv_path(wav: str | None, root: str, place: str) -> str:
+    """The wav column with `$data_root` filled in, relative to `root` where it lies below it."""
+    if not wav:
+        raise ValueError(f"{place}: the column wav is empty")
+    if "$data_root" in wav or "{data_root}" in wav:
+        if not root:
+            raise ValueError(f"{place}: {wav} needs a data_folder: give --data_folder")
+        wav = wav.replace("$data_root", root).replace("{data_root}", root)
+    prefix = os.path.join(root, "")
+    return wav[len(prefix) :] if root and wav.startswith(prefix) else wav
+
+
+def _manifest_of(
+    entries, root, cache_folder, source, min_seconds, num_threads, progress, unreadable=()
+):
     """Manifest of (path, start, stop, size, mtime_ns) entries; stop None is the file's end."""
+    digest = hashlib.sha256()
+    for entry in entries:
+        digest.update(repr(entry).encode("utf-8", "surrogateescape"))
     state = {
         "format_version": FORMAT_VERSION,
         "source": source,
         "min_seconds": min_seconds,
-        "entries": hashlib.sha256(repr(entries).encode("utf-8", "surrogateescape")).hexdigest(),
+        "entries": digest.hexdigest(),
     }
     state_file = cache_folder / "manifest.json"
     skipped = SkippedFiles(cache_folder / "skipped.csv")
     before = json.loads(state_file.read_text()) if state_file.exists() else {}
+    unused = before.pop("unused", [])  # headers that are in no row of the manifest
     if before == state:
         manifest = Manifest.load(cache_folder)
-        logger.info("%d audio segments, unchanged since the last scan", len(manifest))
+        logger.info(
+            "%d audio segments, unchanged since the last scan; %d files skipped (%s)",
+            len(manifest),
+            len(skipped),
+            skipped.path,
+        )
         return manifest, skipped
 
     headers = {}
     if before.get("source") == source and before.get("format_version") == FORMAT_VERSION:
         headers = Manifest.load(cache_folder).headers()
+        headers.update((tuple(file), header) for file, header in unused)
     files = {(path, size, mtime) for path, _, _, size, mtime in entries}
     headers.update(_read_headers(sorted(files - headers.keys()), root, num_threads, progress))
 
-    rows = []
+    rows, reasons = [], list(unreadable)
     for path, start, stop, size, mtime in entries:
         header = headers[path, size, mtime]
-        reason = header if isinstance(header, str) else None
-        if reason is None:
-            total, rate = header
-            length = (total if stop is None else min(stop, total)) - start
-            if length < max(min_seconds * rate, 1):
-                reason = f"too short: {max(length, 0) / rate:.3f} s, min_seconds={min_seconds}"
-        if reason is None:
+        if isinstance(header, str):
+            reasons.append((path, header))
+            continue
+        total, rate = header
+        length = (total if stop is None else min(stop, total)) - start
+        if length < max(min_seconds * rate, 1):
+            segment = "" if (start, stop) == (0, None) else f", from sample {start} on"
+            duration = f"{max(length, 0) / rate:.3f} s"
+            reasons.append((path, f"too short: {duration}{segment}, min_seconds={min_seconds}"))
+        else:
             rows.append((path, start, length, rate, total, size, mtime))
-        elif skipped.add(path, reason):
-            logger.warning("Skipped %s: %s", path, reason)
+    _write_skipped(skipped.path, reasons)
     if not rows:
         raise ValueError(
             f"none of the {len(files)} audio files of {source} can be used: the reasons are in "
@@ -382,8 +456,10 @@ def _manifest_of(entries, root, cache_folder, source, min_seconds, num_threads, 
         )
     state_file.unlink(missing_ok=True)  # a scan killed while it saves is done again
     Manifest.from_rows(rows).save(cache_folder)
+    used = {(row[0], *row[5:]) for row in rows}
+    state["unused"] = [(file, headers[file]) for file in sorted(files - used)]
     state_file.write_text(json.dumps(state))
-    manifest = Manifest.load(cache_folder)
+    manifest, skipped = Manifest.load(cache_folder), SkippedFiles(skipped.path)
     logger.info(
         "%d audio segments, %.1f hours; %d files skipped (%s)",
         len(manifest),
@@ -394,18 +470,60 @@ def _manifest_of(entries, root, cache_folder, source, min_seconds, num_threads, 
     return manifest, skipped
 
 
+def _write_skipped(path: Path, lines: list[tuple[str, str]]) -> None:
+    """A new list: what the last scan said of files that have changed since no longer holds."""
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("file", "reason"))
+        first_reasons = dict(reversed(lines))
+        writer.writerows(
+            (path, first_reasons.pop(path)) for path, _ in lines if path in first_reasons
+        )
+
+
+# libsndfile quietly shortens a file that was cut off to what is there, and notes it in its log
+_SIZE_NOTE = re.compile(r"^\s*(?:data|SSND) : (\d+) \(should be (\d+)\)", re.MULTILINE)
+# sizes that programs writing to a pipe put in place of the one they do not know yet
+_UNKNOWN_SIZE = 2**31 - 2**16
+
+
+def _truncation(log: str) -> str | None:
+    """What libsndfile's log says of an end that is missing: more than 1 % of the samples (headers
+    off by a few bytes are common, and harmless), or an Ogg stream that ends inside a page."""
+    note = _SIZE_NOTE.search(log)
+    if note:
+        promised, found = map(int, note.groups())
+        if found < 0.99 * promised and promised < _UNKNOWN_SIZE:
+            return f"truncated: {found} of {promised} bytes of samples"
+    if "lacks an end-of-stream bit" in log and "Junk after the last page" in log:
+        return "truncated: the Ogg stream ends inside a page"
+    return None
+
+
+def _read_header(path: str, size: int) -> tuple[int, int] | str:
+    """(samples, sample rate), or the reason why the file cannot be used."""
+    if size == 0:
+        return "empty"
+    try:
+        # as bytes: soundfile refuses names that are not UTF-8
+        info = soundfile.info(os.fsencode(path))
+        if info.samplerate < LOWEST_RATE:
+            return f"not audio: {info.samplerate} Hz, below {LOWEST_RATE} Hz"
+        return _truncation(info.extra_info) or (info.frames, info.samplerate)
+    except Exception as error:  # one bad file never stops a scan of two million
+        try:
+            with open(path, "rb"):
+                reason = getattr(error, "error_string", str(error))
+        except OSError as system_error:  # libsndfile says "System error" only
+            reason = system_error.strerror
+        return "cannot be opened: " + " ".join(reason.split())
+
+
 def _read_headers(files, root: Path, num_threads: int, progress: bool) -> dict:
-    """(samples, sample rate), or the reason why not, for each (path, size, mtime_ns)."""
+    """What `_read_header` says of each (path, size, mtime_ns)."""
 
     def read(file):
-        path, size, _ = file
-        if size == 0:
-            return "empty"
-        try:
-            info = soundfile.info(os.path.join(root, path))
-            return info.frames, info.samplerate
-        except Exception as error:  # one bad file never stops a scan of two million
-            return "cannot be opened: " + str(error).replace("\n", " ")
+        return _read_header(os.path.join(root, file[0]), file[1])
 
     with ThreadPoolExecutor(num_threads) as pool:
         # in chunks: a pool given two million tasks at once holds as many futures
@@ -413,14 +531,18 @@ def _read_headers(files, root: Path, num_threads: int, progress: bool) -> dict:
         with tqdm(total=len(files), desc="Headers", unit=" files", disable=not progress) as bar:
             headers = {}
             for chunk in chunks:
-                for file, header in zip(chunk, pool.map(read, chunk), strict=True):
+                for file, header in zip(chunk, pool.map(read, chunk)):
                     headers[file] = header
                     bar.update()
     return headers
 
 
 def split_held_out(
-    manifest: Manifest, valid_share: float = 0.02, max_valid: int = 1024
+    manifest: Manifest,
+    valid_share: float = 0.02,
+    max_valid: int = 1024,
+    min_valid: int = 1,
+    data_folder: str | os.PathLike | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Set some files aside for validation, by a hash of their path.
 
@@ -430,38 +552,73 @@ def split_held_out(
     ---------
     manifest : Manifest
     valid_share : float
-        Of the files. Default 0.02; at least one file, at least one left for training.
+        Of the files. Default 0.02.
     max_valid : int
-        Validation segments at most; what is beyond is trained on. Default 1024.
+        Validation segments at most; files beyond are trained on. Default 1024.
+    min_valid : int
+        Validation files at least, as far as one is left for training. Default 1.
+    data_folder : str, path, or None
+        If given, files are decoded to the end before they are set aside, so that validation
+        never rests on broken ones: those are left to training, which replaces and reports them.
 
     Returns
     -------
     train, valid : array, int64
-        Segment numbers, for `Manifest.subset`.
+        Segment numbers, ascending, for `Manifest.subset`.
 
     Raises
     ------
     ValueError
-        If there is only one file, or the share is not between 0 and 1.
+        If there is only one file, or a number is out of its range.
+
+    Example
+    -------
+    >>> rows = [(f"{name}.wav", 0, 8_000, 8_000, 8_000, 1, 1) for name in "abcdef"]
+    >>> train, valid = split_held_out(Manifest.from_rows(rows), min_valid=2)
+    >>> len(train), len(valid)
+    (4, 2)
     """
     if not 0 < valid_share < 1:
         raise ValueError(f"valid_share={valid_share}: must lie between 0 and 1")
-    points = np.empty(len(manifest), np.float64)
-    for item in range(len(manifest)):
-        digest = hashlib.blake2b(os.fsencode(manifest.path(item)), digest_size=8).digest()
-        points[item] = int.from_bytes(digest, "big") / 2**64
-    files = np.unique(points)
+    for name, value in {"max_valid": max_valid, "min_valid": min_valid}.items():
+        if value < 1:
+            raise ValueError(f"{name}={value}: must be at least 1")
+    # 64-bit hashes: two of two million files share one with a chance of 1e-7, and then a side
+    hashes = [
+        int.from_bytes(hashlib.blake2b(path, digest_size=8).digest(), "big")
+        for path in manifest.raw_paths()
+    ]
+    hashes = np.array(hashes, np.uint64)
+    files, first, segments = np.unique(hashes, return_index=True, return_counts=True)
     if len(files) < 2:
         raise ValueError(
             "a single audio file cannot be split into training and validation: give more files, "
-            "or cut it up with a csv of start and stop in two files"
+            "or cut it in two"
         )
-    held_out = np.clip(np.searchsorted(files, valid_share), 1, len(files) - 1)
-    by_point = np.argsort(points, kind="stable")
-    valid = by_point[: np.searchsorted(points[by_point], files[held_out - 1], side="right")]
-    if len(valid) > max_valid:
-        # drop whole files from the end: those whose last segment is beyond the limit
-        limit = max(points[valid[max_valid]], files[1])
-        valid = valid[points[valid] < limit]
-    train = np.setdiff1d(np.arange(len(manifest)), valid)
-    return train, np.sort(valid)
+    wanted = np.searchsorted(files, np.uint64(valid_share * 2**64))
+    # as many whole files as fit; the first one in any case
+    wanted = min(wanted, np.searchsorted(np.cumsum(segments), max_valid, side="right"))
+    held_out = []
+    for number, (file, item) in enumerate(zip(files, first)):
+        enough = number >= wanted and len(held_out) >= min_valid
+        if enough or len(held_out) == len(files) - 1:
+            break
+        if data_folder is None or _decodes(os.path.join(data_folder, manifest.path(item))):
+            held_out.append(file)
+    if not held_out:
+        raise ValueError(f"none of the {len(files)} files below {data_folder} can be decoded")
+    is_valid = np.isin(hashes, held_out)
+    return np.flatnonzero(~is_valid), np.flatnonzero(is_valid)
+
+
+def _decodes(path: str) -> bool:
+    try:
+        with soundfile.SoundFile(os.fsencode(path)) as file:
+            frames = 0
+            for block in file.blocks(blocksize=2**16, dtype="float32"):
+                frames += len(block)
+                if not np.isfinite(block).all():
+                    return False
+            return frames == file.frames
+    except (OSError, RuntimeError):  # soundfile's errors are RuntimeErrors
+        return False

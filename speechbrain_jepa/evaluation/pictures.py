@@ -15,7 +15,7 @@ DPI = 150
 COLOURS = {"train": "#8fb3d9", "valid": "#c44e2d", "third": "#4c8c5a"}
 TEXT = 8  # points
 HIDDEN = "#e9e9e4"  # patches that a view does not show
-TICKS_HZ = (250, 500, 1000, 2000, 4000)
+TICKS_HZ = (500, 1000, 2000, 4000)
 
 
 def visible_patches(index, bands: int, frames: int, patch_shape: tuple[int, int]) -> np.ndarray:
@@ -116,24 +116,23 @@ def draw_masks(
         (name, [visible_patches(index, *size) for index in pair]) for name, pair in masks.items()
     ]
     columns = len(views)
-    figure = Figure(figsize=(max(2.6 * columns, 3.6) + 0.5, 4.6), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(max(2.6 * columns, 3.6) + 0.5, 4.4), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
-    whole, *rows = figure.subfigures(3, 1, height_ratios=(1.05, 1.12, 1.05))
+    grid = figure.add_gridspec(3, columns)
     limits = dict(zip(("vmin", "vmax"), np.percentile(spectrogram, (1, 99.8))))
-    axes = whole.subplots(1, 1)
+    axes = figure.add_subplot(grid[0, :])
     _show(axes, spectrogram, limits, patch_shape)
     _frequency_ticks(axes, bands)
     _time_ticks(axes, frames)
     axes.set_title("log-mel spectrogram", fontsize=TEXT)
-    axes.set_xlabel("time (s)", fontsize=TEXT)
-    for row, (subfigure, role) in enumerate(zip(rows, ("context", "target"))):
-        for column, axes in enumerate(np.atleast_1d(subfigure.subplots(1, columns))):
-            name, visible = views[column]
+    for row, role in enumerate(("context", "target")):
+        for column, (name, visible) in enumerate(views):
+            axes = figure.add_subplot(grid[1 + row, column])
             _show(axes, np.where(visible[row], spectrogram, np.nan), limits, patch_shape)
             axes.set_xticks([])
             axes.set_yticks([])
-            share = visible[row].mean()
-            axes.set_xlabel(f"{share:.0%} of the patches", fontsize=TEXT - 1, labelpad=2)
+            count = len(masks[name][row])
+            axes.set_xlabel(f"{count} patches", fontsize=TEXT - 1, labelpad=2)
             if row == 0:
                 axes.set_title(name, fontsize=TEXT)
             if column == 0:
@@ -159,9 +158,10 @@ def _show(axes, image, limits, patch_shape):
 
 def _time_ticks(axes, frames):
     frames_a_second = SAMPLE_RATE / HOP_LENGTH
-    seconds = MaxNLocator(8).tick_values(0, frames / frames_a_second)
+    seconds = MaxNLocator(8, steps=[1, 2, 5, 10]).tick_values(0, frames / frames_a_second)
     seconds = seconds[seconds * frames_a_second < frames]
     axes.set_xticks(seconds * frames_a_second, [f"{second:g}" for second in seconds])
+    axes.set_xlabel("time (s)", fontsize=TEXT, labelpad=1)
     axes.tick_params(labelsize=TEXT - 1, width=0.5, length=2)
 
 
@@ -234,21 +234,21 @@ def draw_curves(history, path) -> Path:
     _plot(loss, curves["valid_loss"], "valid", "validation", marker=True)
     loss.set_ylabel("loss", fontsize=TEXT)
 
-    _plot(rank, curves["valid_embedding_rank"], "valid", "effective rank", marker=True)
+    _plot(rank, curves["valid_embedding_rank"], "valid", "rank", marker=True)
     rank.set_ylabel("effective rank (RankMe)", fontsize=TEXT)
     deviation = rank.twinx()
-    _plot(deviation, curves["valid_embedding_deviation"], "train", "deviation of embeddings")
-    _plot(deviation, curves["valid_target_deviation"], "third", "deviation of targets")
+    _plot(deviation, curves["valid_embedding_deviation"], "train", "embeddings' deviation")
+    _plot(deviation, curves["valid_target_deviation"], "third", "targets' deviation")
     deviation.set_ylabel("standard deviation", fontsize=TEXT)
 
     _plot(rates, curves["train_learning_rate"], "valid", "learning rate")
     rates.set_ylabel("learning rate", fontsize=TEXT)
     ema = rates.twinx()
     steps, rate = curves["train_ema_rate"]
-    _plot(ema, (steps, 1 - rate), "third", "1 − EMA rate")
+    _plot(ema, (steps, 1 - rate), "third", "1 - EMA rate")
     if len(rate) and (rate < 1).all():
         ema.set_yscale("log")
-    ema.set_ylabel("1 − EMA rate", fontsize=TEXT)
+    ema.set_ylabel("1 - EMA rate", fontsize=TEXT)
 
     for panel, others in ((loss, []), (rank, [deviation]), (rates, [ema])):
         handles = [line for axes in (panel, *others) for line in axes.get_lines()]
@@ -260,8 +260,8 @@ def draw_curves(history, path) -> Path:
         panel.set_xlabel("optimiser steps", fontsize=TEXT)
         panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         if handles:
-            top = (others or [panel])[-1]  # drawn last: no curve crosses the legend
-            top.legend(handles=handles, fontsize=TEXT - 1, frameon=False)
+            place = dict(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)  # above the curves
+            panel.legend(handles=handles, fontsize=TEXT - 1, frameon=False, **place)
     return _save(figure, path)
 
 

@@ -1,4 +1,4 @@
-"""What the quickstart ends with: a probe table, the paper's Fig. 1, curves, and where things are."""
+"""What the quickstart ends with: a probe table, the paper's Fig. 1, curves, what is where."""
 
 import sys
 from pathlib import Path

@@ -1,0 +1,373 @@
+"""Embed audio files.
+
+python -m speechbrain_jepa.embed <pretrained folder> <files or folders> --out emb.npz
+
+Stopped and started again with the same command, it goes on where it was. docs/embeddings.md
+describes what is written.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import shutil
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from speechbrain_jepa.data.clips import BATCH_SECONDS, find_audio, read_clips
+from speechbrain_jepa.data.manifest import SkippedFiles
+from speechbrain_jepa.encoder import NORMALIZATIONS, AudioJEPA
+
+FORMATS = (".npz", ".npy", ".csv")
+LEVELS = ("clip", "frame")
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PART_BYTES = 64e6  # a part is put on the disk when it has grown to this size
+PART_SECONDS = 60.0  # or after so long: what an interruption may cost
+
+
+class Embeddings:
+    """Embeddings of files on their way to one output file, in parts that survive an interruption.
+
+    Arguments
+    ---------
+    out : str or Path
+        Output file: .npz, .npy or .csv.
+    plan : dict
+        What the embeddings depend on. Parts of another plan are not continued.
+    """
+
+    def __init__(self, out, plan: dict):
+        self.out = Path(out)
+        if self.out.suffix not in FORMATS:
+            raise ValueError(f"--out {out}: the name must end in {', '.join(FORMATS)}")
+        if self.out.exists():
+            raise FileExistsError(f"{out} exists already: remove it, or name another --out")
+        self.parts = self.out.with_name(self.out.name + ".parts")
+        self.parts.mkdir(parents=True, exist_ok=True)
+        self._check_plan(plan)
+        self.place: dict[str, tuple[Path, int, int]] = {}  # file: part, first row, rows
+        self.width = 0
+        for part in sorted(self.parts.glob("part-*.npz")):
+            self._enter(part)
+        self._forget_pending()
+
+    def _check_plan(self, plan: dict) -> None:
+        path = self.parts / "plan.json"
+        if not path.exists():
+            self._write_whole(path, lambda partial: partial.write_text(json.dumps(plan)))
+            return
+        begun = json.loads(path.read_text())
+        different = [name for name in plan if plan[name] != begun.get(name)]
+        if different:
+            name = different[0]
+            raise ValueError(
+                f"{self.parts} was begun with {name}={begun.get(name)}, not {plan[name]}: "
+                "repeat the options of that run, or remove the folder"
+            )
+
+    def _enter(self, part: Path) -> None:
+        with np.load(part) as arrays:
+            ends = arrays["rows"].cumsum()
+            for file, end, rows in zip(arrays["files"], ends, arrays["rows"], strict=True):
+                self.place[str(file)] = (part, int(end - rows), int(rows))
+            self.width = int(arrays["width"])
+
+    def add(self, file: str, rows: np.ndarray) -> None:
+        """Embeddings [rows, C] of one file."""
+        self.pending.append((file, rows))
+        self.pending_bytes += rows.nbytes
+        if self.pending_bytes > PART_BYTES or time.monotonic() - self.flushed > PART_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Put what was added on the disk."""
+        if not self.pending:
+            return
+        files, rows = zip(*self.pending, strict=True)
+        part = self.parts / f"part-{len(list(self.parts.glob('part-*.npz'))):06d}.npz"
+        arrays = {
+            "files": np.array(files),
+            "rows": np.array([len(array) for array in rows]),
+            "width": np.array(rows[0].shape[1]),
+            "embeddings": np.concatenate(rows),
+        }
+        self._write_whole(part, lambda partial: _savez(partial, arrays))
+        self._enter(part)
+        self._forget_pending()
+
+    def _forget_pending(self) -> None:
+        self.pending: list[tuple[str, np.ndarray]] = []
+        self.pending_bytes = 0
+        self.flushed = time.monotonic()
+
+    @contextmanager
+    def kept_on_error(self):
+        """Put what was added on the disk before an exception goes on."""
+        try:
+            yield
+        except BaseException:
+            self.flush()
+            raise
+
+    def rows_of(self, files: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+        """Each file with its embeddings [rows, C], one part in memory at a time."""
+        loaded, embeddings = None, None
+        for file in files:
+            part, first, rows = self.place[file]
+            if part != loaded:
+                with np.load(part) as arrays:
+                    loaded, embeddings = part, arrays["embeddings"]
+            yield file, embeddings[first : first + rows]
+
+    def finish(self, files: list[str], times: Callable[[int], np.ndarray] | None) -> list[str]:
+        """Write the output file and remove the parts.
+
+        Arguments
+        ---------
+        files : list of str
+            The order of the output; those without embeddings are left out.
+        times : callable
+            For frame level: the timestamps of so many time steps.
+
+        Returns
+        -------
+        list of str
+            The files in it.
+        """
+        self.flush()
+        files = [file for file in files if file in self.place]
+        if not files:
+            raise ValueError("none of the files could be embedded: see the list of skipped files")
+        write = {".npz": self._write_npz, ".npy": self._write_npy, ".csv": self._write_csv}
+        self._write_whole(self.out, lambda partial: write[self.out.suffix](partial, files, times))
+        shutil.rmtree(self.parts)
+        return files
+
+    def normalization(self, measure: Callable[[], dict]) -> dict:
+        """What `measure` gives, or gave before an interruption."""
+        path = self.parts / "normalization.json"
+        if not path.exists():
+            pair = measure()
+            self._write_whole(path, lambda partial: partial.write_text(json.dumps(pair)))
+        return json.loads(path.read_text())
+
+    def _write_whole(self, path: Path, write: Callable[[Path], object]) -> None:
+        """Write in the folder of parts and rename, so that the file is whole or not there."""
+        partial = self.parts / f"partial{path.suffix}"
+        write(partial)
+        partial.replace(path)
+
+    def _counts(self, files: list[str]) -> np.ndarray:
+        return np.array([self.place[file][2] for file in files])
+
+    def _write_array(self, path: Path, files: list[str]) -> None:
+        shape = (int(self._counts(files).sum()), self.width)
+        array = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+        row = 0
+        for _, rows in self.rows_of(files):
+            array[row : row + len(rows)] = rows
+            row += len(rows)
+        array.flush()
+
+    def _write_npy(self, path: Path, files: list[str], times) -> None:
+        self._write_array(path, files)
+        counts = self._counts(files)
+        with _table(self.out.with_suffix(".files.csv"), ["file", "first_row", "rows"]) as rows:
+            rows.writerows(zip(files, counts.cumsum() - counts, counts, strict=True))
+
+    def _write_npz(self, path: Path, files: list[str], times) -> None:
+        arrays = {"files": np.array(files)}
+        if times is not None:
+            counts = self._counts(files)
+            arrays["rows"] = counts
+            arrays["seconds"] = np.concatenate([times(count) for count in counts])
+        _savez(path, arrays)
+        array = path.with_name(path.name + ".array")
+        try:
+            self._write_array(array, files)
+            with zipfile.ZipFile(path, "a", zipfile.ZIP_STORED) as archive:
+                archive.write(array, "embeddings.npy")
+        finally:
+            array.unlink(missing_ok=True)
+
+    def _write_csv(self, path: Path, files: list[str], times) -> None:
+        columns = ["file", *(["seconds"] if times else []), *range(self.width)]
+        with _table(path, columns) as table:
+            for file, rows in self.rows_of(files):
+                if times is None:
+                    table.writerow([file, *rows[0]])
+                else:
+                    seconds = times(len(rows))
+                    table.writerows([file, *pair] for pair in np.column_stack([seconds, rows]))
+
+
+@contextmanager
+def _table(path: Path, columns: list):
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        yield writer
+
+
+def _savez(path: Path, arrays: dict) -> None:
+    with open(path, "wb") as file:  # by name, np.savez would add its own ending
+        np.savez(file, **arrays)
+
+
+def _fingerprint(model: AudioJEPA) -> str:
+    """Of the encoder's parameters."""
+    digest = hashlib.sha256()
+    for name, tensor in model.encoder.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().numpy())
+    return digest.hexdigest()[:16]
+
+
+def embed_files(
+    model: AudioJEPA,
+    files: list[str],
+    out,
+    level: str = "clip",
+    precision: str = "fp32",
+    batch_seconds: float = BATCH_SECONDS,
+    num_workers: int = 2,
+    progress: bool = True,
+) -> tuple[list[str], SkippedFiles]:
+    """Embed files into one output file; an interrupted call is continued by the same call.
+
+    Arguments
+    ---------
+    model : AudioJEPA
+        With normalization="dataset" it is fitted on the files, unless it has been.
+    files : list of str
+        See `speechbrain_jepa.data.clips.find_audio`.
+    out : str or Path
+        .npz, .npy or .csv.
+    level : str
+        "clip" (default): one embedding a file. "frame": one a time step.
+    precision : str
+        "fp32" (default), "bf16" or "fp16".
+    batch_seconds, num_workers
+        See `speechbrain_jepa.data.clips.read_clips`.
+    progress : bool
+        Show a progress bar. Default True.
+
+    Returns
+    -------
+    files : list of str
+        Those in the output.
+    skipped : SkippedFiles
+        The others, also in `<out without ending>.skipped.csv`.
+
+    Raises
+    ------
+    FileExistsError
+        If `out` exists.
+    ValueError
+        If an option does not fit, or no file can be embedded.
+    """
+    if level not in LEVELS:
+        raise ValueError(f"level={level!r}: choose one of {', '.join(LEVELS)}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r}: choose one of {', '.join(PRECISIONS)}")
+    if model.output_all_hiddens:
+        raise ValueError("embed_files writes one layer: load AudioJEPA without output_all_hiddens")
+    plan = {
+        "level": level,
+        "precision": precision,
+        "flat": model.flat,
+        "output_norm": model.output_norm,
+        "normalization": model.normalize,
+        "encoder": _fingerprint(model),
+    }
+    embeddings = Embeddings(out, plan)
+    skipped_path = embeddings.out.with_suffix(".skipped.csv")
+    skipped_path.unlink(missing_ok=True)  # what was broken is tried again
+    skipped = SkippedFiles(skipped_path)
+    if not model.is_fitted:
+
+        def measure():
+            fitted = model.fit_normalization(files, num_workers=num_workers).normalization
+            return {"mean": fitted.mean.item(), "std": fitted.std.item()}
+
+        model.normalization.set(**embeddings.normalization(measure))
+    left = [file for file in files if file not in embeddings.place]
+    device = next(model.parameters()).device
+    dtype = PRECISIONS[precision]
+    with (
+        embeddings.kept_on_error(),
+        tqdm(total=len(files), initial=len(files) - len(left), disable=not progress) as bar,
+        torch.inference_mode(),
+        torch.autocast(device.type, dtype, enabled=dtype is not None),
+    ):
+
+        def skip(error):
+            skipped.add(error.path, error.reason)
+            bar.update()
+
+        for batch in read_clips(left, batch_seconds, num_workers, skip):
+            wav = batch.wav.to(device)
+            if level == "clip":
+                rows = model.embed(wav, batch.wav_lens)[:, None].float().cpu().numpy()
+            else:
+                steps = model.num_steps((batch.wav_lens * wav.shape[1]).round().long())
+                frames = model(wav, batch.wav_lens).float().cpu().numpy()
+                rows = [clip[:count].copy() for clip, count in zip(frames, steps, strict=True)]
+            for file, array in zip(batch.files, rows, strict=True):
+                embeddings.add(file, array)
+            bar.update(len(batch.files))
+    times = (lambda steps: model.timestamps(steps).numpy()) if level == "frame" else None
+    return embeddings.finish(files, times), skipped
+
+
+def main(arguments=None) -> None:
+    """The command line: `arguments` is a list of str, default the process' own."""
+    parser = argparse.ArgumentParser(
+        prog="python -m speechbrain_jepa.embed",
+        description="Embed audio files; started again after an interruption, it goes on.",
+    )
+    add = parser.add_argument
+    add("encoder", help="pretrained folder, experiment folder or Hugging Face repo id")
+    add("audio", nargs="+", help="audio files, and folders to search")
+    add("--out", required=True, help="output file: .npz, .npy or .csv")
+    add("--level", choices=LEVELS, default="clip", help="one embedding a file or a time step")
+    add("--flat", action="store_true", help="average frequency patches, not concatenate")
+    add("--normalization", choices=NORMALIZATIONS, default="pretraining")
+    add("--precision", choices=PRECISIONS, default="fp32")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--batch_seconds", type=float, default=BATCH_SECONDS, help="of audio at once")
+    add("--num_workers", type=int, default=2, help="decoding threads")
+    options = parser.parse_args(arguments)
+    try:
+        files = find_audio(options.audio)
+        model = AudioJEPA(
+            options.encoder,
+            flat=options.flat,
+            normalization=options.normalization,
+            device=options.device,
+        )
+        done, skipped = embed_files(
+            model,
+            files,
+            options.out,
+            options.level,
+            options.precision,
+            options.batch_seconds,
+            options.num_workers,
+        )
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"embed: {error}") from error
+    print(f"{len(done)} files embedded in {options.out}")
+    if len(skipped):
+        print(f"{len(skipped)} files skipped, listed in {skipped.path}")
+
+
+if __name__ == "__main__":
+    main()
