@@ -27,6 +27,7 @@ from speechbrain_jepa.data import (
     Manifest,
     SkippedFiles,
     crop_loader,
+    decode_once,
     make_demo_corpus,
     read_csv,
     scan_folder,
@@ -40,9 +41,12 @@ def prepare_manifests(hparams):
     """Find the audio and set some files aside; both parts are left in the cache folder."""
     options = {name: hparams[name] for name in ("data_folder", "cache_folder", "min_seconds")}
     if hparams["train_csv"] is not None:
-        manifest, _ = read_csv(hparams["train_csv"], **options)
+        manifest, skipped = read_csv(hparams["train_csv"], **options)
     else:
-        manifest, _ = scan_folder(**options)
+        manifest, skipped = scan_folder(**options)
+    if hparams["decode_once"]:
+        decoded = Path(hparams["cache_folder"]) / "decoded"
+        manifest = decode_once(manifest, hparams["data_folder"], decoded, skipped)
     parts = split_held_out(
         manifest,
         hparams["valid_share"],

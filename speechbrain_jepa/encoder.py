@@ -470,7 +470,7 @@ class _Chunk:
     """Windows of similar length that are encoded together, longest first; all on the CPU."""
 
     clip: Tensor  # [W], which clip each is from
-    number: Tensor  # [W], which of its clip.s windows it is
+    number: Tensor  # [W], which of its clip's windows it is
     patches: Tensor  # [W], time patches
 
     @property

@@ -114,7 +114,8 @@ class LogMelSpectrogram(nn.Module):
                 pad_mode="reflect",
                 return_complex=True,
             )
-            power = torch.view_as_real(spectrum).square().sum(-1)
+            real, imaginary = torch.view_as_real(spectrum).unbind(-1)
+            power = torch.addcmul(real * real, imaginary, imaginary)
             return torch.matmul(self.filterbank, power).add_(LOG_OFFSET).log_()
 
 

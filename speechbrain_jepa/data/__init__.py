@@ -8,6 +8,7 @@ from speechbrain_jepa.data.crops import (
     crop_loader,
     read_crop,
 )
+from speechbrain_jepa.data.decoded import decode_once
 from speechbrain_jepa.data.demo import default_demo_folder, make_demo_corpus
 from speechbrain_jepa.data.manifest import (
     Manifest,
@@ -25,6 +26,7 @@ __all__ = [
     "SkippedFiles",
     "UnreadableAudio",
     "crop_loader",
+    "decode_once",
     "default_demo_folder",
     "make_demo_corpus",
     "read_crop",

@@ -149,6 +149,29 @@ def _read_resampled(
     return wav[begin - first * new : end - first * new]
 
 
+def read_segment(
+    path: str | os.PathLike, sample_rate: int, start: int, length: int
+) -> np.ndarray:
+    """A whole segment of a file, mono, at 16 kHz.
+
+    Arguments
+    ---------
+    path, sample_rate, start, length
+        As in `read_crop`.
+
+    Returns
+    -------
+    array [samples], float32
+
+    Raises
+    ------
+    UnreadableAudio
+        As `read_crop`.
+    """
+    end = resampled_length(length, sample_rate)
+    return _read_resampled(os.fspath(path), 0, end, sample_rate, start, length)
+
+
 def read_crop(
     path: str | os.PathLike,
     first_frame: int,

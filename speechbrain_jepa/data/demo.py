@@ -4,9 +4,10 @@ import csv
 import json
 import os
 import shutil
-import tempfile
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ SPLITS = {"train": 0.58, "valid": 0.13, "test": 0.29}
 INSTRUMENTS = {"train": 10, "valid": 3, "test": 6}  # per sound; no split shares one
 SECONDS = (3.0, 4.6)
 
-PITCHES = tuple(range(57, 69))  # MIDI notes A3 to G#4: 220 to 415 Hz
+PITCHES = tuple(range(52, 72))  # MIDI notes E3 to B4: 165 to 494 Hz
 LOWEST, HIGHEST = 50, 76  # of melodies, D3 to E5
 MELODIES = ("rising", "falling", "wave", "trill", "leaps")
 RHYTHMS = ("steady", "running", "roll", "gallop", "bursts")
@@ -100,10 +101,10 @@ def make_demo_corpus(folder=None, clips_per_sound=CLIPS_PER_SOUND, seed=0, worke
     -------
     >>> tmp = getfixture("tmp_path")
     >>> folder = make_demo_corpus(tmp / "demo", clips_per_sound=8)
-    >>> print(*(folder / "meta.csv").read_text().splitlines()[:3], sep="\\n")
-    file,split,sound,pitch,melody,rhythm
-    train/plucked_000.flac,train,plucked,58,,gallop
-    train/plucked_001.flac,train,plucked,,rising,running
+    >>> (folder / "meta.csv").read_text().splitlines()[0]
+    'file,split,sound,pitch,melody,rhythm'
+    >>> len(list(folder.glob("*/*.flac")))
+    128
     """
     folder = Path(folder or default_demo_folder()).expanduser().absolute()
     if clips_per_sound < 8:
@@ -118,8 +119,9 @@ def make_demo_corpus(folder=None, clips_per_sound=CLIPS_PER_SOUND, seed=0, worke
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(folder)
-    partial_folder = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    partial_folder = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}.partial")
     try:
+        partial_folder.mkdir()
         _write_corpus(partial_folder, stamp, workers)
         _move_into_place(partial_folder, folder, stamp)
     finally:
@@ -140,17 +142,18 @@ def _is_complete(folder: Path, stamp: dict) -> bool:
 
 def _remove_leftovers(folder: Path, older_than: float = 3600.0) -> None:
     """Temporary folders of runs that were killed; a young one may be another process at work."""
-    for leftover in folder.parent.glob(f".{folder.name}-*"):
-        if time.time() - leftover.stat().st_mtime > older_than:
-            shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in folder.parent.glob(f".{folder.name}-{'[0-9a-f]' * 32}.partial"):
+        with suppress(FileNotFoundError):  # that process may have finished meanwhile
+            if time.time() - leftover.stat().st_mtime > older_than:
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _move_into_place(source: Path, folder: Path, stamp: dict) -> None:
     """Rename; what was there goes, unless another process has just finished the same corpus."""
     if (folder / STAMP).is_file() and not _is_complete(folder, stamp):
-        folder.rename(source / "replaced")
-        (source / "replaced").rename(source.with_name(source.name + "-replaced"))
-        shutil.rmtree(source.with_name(source.name + "-replaced"), ignore_errors=True)
+        replaced = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}.partial")
+        folder.rename(replaced)
+        shutil.rmtree(replaced, ignore_errors=True)
     try:
         source.rename(folder)
     except OSError:
@@ -222,7 +225,7 @@ def _score(clip: Clip, rng) -> Score:
         onsets.append(onsets[-1] + gap)
     onsets = np.array(onsets)
     room = np.diff(onsets, append=seconds)
-    lengths = np.minimum(room * rng.uniform(0.55, 0.95), rng.uniform(0.3, 1.2))
+    lengths = np.minimum(room * rng.uniform(0.5, 0.95), rng.uniform(0.1, 0.5))
     onsets[1:] += rng.normal(0, 0.008, len(onsets) - 1).clip(-0.015, 0.015)
     if clip.pitch:
         notes = np.full(len(onsets), float(clip.pitch))

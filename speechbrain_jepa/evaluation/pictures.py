@@ -162,7 +162,7 @@ def _time_ticks(axes, frames):
     seconds = seconds[seconds * frames_a_second < frames]
     axes.set_xticks(seconds * frames_a_second, [f"{second:g}" for second in seconds])
     axes.set_xlabel("time (s)", fontsize=TEXT, labelpad=1)
-    axes.tick_params(labelsize=TEXT - 1, width=0.5, length=2)
+    axes.tick_params(which="both", labelsize=TEXT - 1, width=0.5, length=2)
 
 
 def _frequency_ticks(axes, bands):
@@ -226,7 +226,7 @@ def draw_curves(history, path) -> Path:
         raise ValueError(
             "the history has no row with a train_loss or a valid_loss: nothing to draw"
         )
-    figure = Figure(figsize=(9.6, 2.7), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(9.6, 2.8), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     loss, rank, rates = figure.subplots(1, 3)
 
@@ -237,9 +237,9 @@ def draw_curves(history, path) -> Path:
     _plot(rank, curves["valid_embedding_rank"], "valid", "rank", marker=True)
     rank.set_ylabel("effective rank (RankMe)", fontsize=TEXT)
     deviation = rank.twinx()
-    _plot(deviation, curves["valid_embedding_deviation"], "train", "embeddings' deviation")
-    _plot(deviation, curves["valid_target_deviation"], "third", "targets' deviation")
-    deviation.set_ylabel("standard deviation", fontsize=TEXT)
+    _plot(deviation, curves["valid_embedding_deviation"], "train", "embeddings")
+    _plot(deviation, curves["valid_target_deviation"], "third", "targets")
+    deviation.set_ylabel("deviation of embeddings, targets", fontsize=TEXT)
 
     _plot(rates, curves["train_learning_rate"], "valid", "learning rate")
     rates.set_ylabel("learning rate", fontsize=TEXT)
@@ -253,15 +253,18 @@ def draw_curves(history, path) -> Path:
     for panel, others in ((loss, []), (rank, [deviation]), (rates, [ema])):
         handles = [line for axes in (panel, *others) for line in axes.get_lines()]
         for axes in (panel, *others):
-            axes.tick_params(labelsize=TEXT - 1, width=0.5, length=2)
+            axes.tick_params(which="both", labelsize=TEXT - 1, width=0.5, length=2)
             axes.spines["top"].set_visible(False)
+            axes.spines["right"].set_visible(bool(others))
             if axes.get_yscale() == "linear" and axes is not loss:
                 axes.set_ylim(bottom=0)
         panel.set_xlabel("optimiser steps", fontsize=TEXT)
         panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         if handles:
-            place = dict(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)  # above the curves
-            panel.legend(handles=handles, fontsize=TEXT - 1, frameon=False, **place)
+            place = dict(loc="lower left", bbox_to_anchor=(0, 1), ncols=3)  # above the curves
+            panel.legend(
+                handles=handles, fontsize=TEXT - 1, frameon=False, columnspacing=1.2, **place
+            )
     return _save(figure, path)
 
 

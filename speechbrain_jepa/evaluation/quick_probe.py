@@ -264,7 +264,7 @@ def probe(train_x, train_y, test_x, test_y) -> float:
     -------
     >>> rng = np.random.default_rng(0)
     >>> y = np.arange(200) % 4
-    >>> x = rng.normal(size=(200, 50)) + 3 * np.eye(4, 50)[y]
+    >>> x = rng.normal(size=(200, 50)) + 6 * np.eye(4, 50)[y]
     >>> probe(x[:100], y[:100], x[100:], y[100:]) > 0.9
     True
     """
