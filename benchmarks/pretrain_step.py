@@ -166,11 +166,11 @@ def main():
     median = {name: statistics.median(times[name] for times in rounds) for name in work}
     peak = product_flops / median["product"]
 
+    compiled = ", compiled" if args.compile else ""
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"{args.threads} CPU threads"
     print(
         f"ViT-{args.size.capitalize()}, batch {args.batch}, {args.precision}, {args.frames} frames, "
-        f"{args.strategy}{', compiled' if args.compile else ''}; {where}, torch "
-        f"{torch.__version__}; {args.repeats} rounds\n"
+        f"{args.strategy}{compiled}; {where}, torch {torch.__version__}; {args.repeats} rounds\n"
         f"{flops / args.batch / 1e9:.2f} GFLOP per clip; matrix product "
         f"{' x '.join(map(str, PRODUCT))}: {peak / 1e9:.0f} GFLOP/s\n"
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 import speechbrain as sb
 import torch
 import yaml
+from speechbrain.core import AMPConfig
 from speechbrain.utils.checkpoints import (
     Checkpoint,
     Checkpointer,
@@ -17,6 +18,7 @@ from speechbrain.utils.checkpoints import (
 from speechbrain.utils.distributed import ddp_barrier, if_main_process, main_process_only
 from speechbrain.utils.logger import get_logger
 
+from speechbrain_jepa.attention import choose_backend
 from speechbrain_jepa.masking import PatchMasks
 from speechbrain_jepa.monitors import (
     CollapseAlarm,
@@ -148,6 +150,9 @@ class JEPABrain(sb.Brain):
         self.process_rank = (
             torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         )
+        for precision in (self.precision, self.eval_precision):
+            dtype = AMPConfig.from_name(precision).dtype
+            choose_backend(self.jepa.context_encoder.attention, torch.device(self.device), dtype)
         self.mask_generator = torch.Generator(self.device)
         self.alarm = CollapseAlarm(self.hparams.collapse_share)
         columns = ["step", "epoch"]

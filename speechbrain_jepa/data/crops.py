@@ -149,9 +149,7 @@ def _read_resampled(
     return wav[begin - first * new : end - first * new]
 
 
-def read_segment(
-    path: str | os.PathLike, sample_rate: int, start: int, length: int
-) -> np.ndarray:
+def read_segment(path: str | os.PathLike, sample_rate: int, start: int, length: int) -> np.ndarray:
     """A whole segment of a file, mono, at 16 kHz.
 
     Arguments

@@ -309,11 +309,12 @@ class ProbeTable:
     def gain(self, features: str = "trained", over: str = "untrained") -> tuple[float, float]:
         """Gain in average accuracy, and the deviation between seeds, in points.
 
-        The deviation is the larger of the two rows' sample deviations, NaN with a single seed.
+        The deviation is the larger of the two rows' sample deviations; a row with a single seed
+        has none, and with a single seed in both it is NaN.
         """
         seeds = self.with_average["average"].groupby(level=0)
         mean, deviation = seeds.mean(), seeds.std()
-        return mean[features] - mean[over], deviation[[features, over]].max(skipna=False)
+        return mean[features] - mean[over], deviation[[features, over]].max()
 
     def verdict(self, features: str = "trained", over: str = "untrained") -> str:
         """`gain` as a sentence."""
