@@ -170,7 +170,8 @@ def main():
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"{args.threads} CPU threads"
     print(
         f"ViT-{args.size.capitalize()}, batch {args.batch}, {args.frames} frames, "
-        f"{args.precision}, {args.strategy}{compiled}; {where}, torch {torch.__version__}; {args.repeats} rounds\n"
+        f"{args.precision}, {args.strategy}{compiled}; {where}, torch {torch.__version__}; "
+        f"{args.repeats} rounds\n"
         f"{flops / args.batch / 1e9:.2f} GFLOP per clip; matrix product "
         f"{' x '.join(map(str, PRODUCT))}: {peak / 1e9:.0f} GFLOP/s\n"
     )
