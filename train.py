@@ -44,17 +44,18 @@ def prepare_manifests(hparams):
         manifest, skipped = read_csv(hparams["train_csv"], **options)
     else:
         manifest, skipped = scan_folder(**options)
-    if hparams["decode_once"]:
-        decoded = Path(hparams["cache_folder"]) / "decoded"
-        manifest = decode_once(manifest, hparams["data_folder"], decoded, skipped)
     parts = split_held_out(
         manifest,
         hparams["valid_share"],
         hparams["max_valid"],
         data_folder=hparams["data_folder"] or "",
     )
+    cache_folder = Path(hparams["cache_folder"])
     for name, items in zip(("train", "valid"), parts):
-        manifest.subset(items).save(Path(hparams["cache_folder"]) / name)
+        part = manifest.subset(items)
+        if hparams["decode_once"]:
+            part = decode_once(part, hparams["data_folder"], cache_folder / "decoded", skipped)
+        part.save(cache_folder / name)
 
 
 def make_loaders(hparams):

@@ -184,6 +184,8 @@ class AudioJEPA(nn.Module):
             return
         if feature_extractor or layers:
             self.encoder.patch_embed.requires_grad_(False)
+            if self.encoder.class_token is not None:
+                self.encoder.class_token.requires_grad_(False)
         self.encoder.blocks[:layers].requires_grad_(False)
 
     def train(self, mode: bool = True) -> "AudioJEPA":

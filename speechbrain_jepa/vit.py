@@ -195,6 +195,12 @@ class Encoder(nn.Module):
         Width of the hidden layer over `dim`. Default 4.
     norm_eps : float
         Of the layer norms. Default 1e-6 (M2D, MATPAC); the released JEPA code has 1e-5.
+    class_token : bool
+        A learnable token goes through the layers beside the patches, in every row's attention,
+        and is left out of the output. Default False.
+    stored_positions : bool
+        Positions are kept in the state dict, for weights trained with others. Default False:
+        they are the sine-cosine positions of the grid.
     attention : str
         "auto", "flash_attn" or "sdpa" (see `speechbrain_jepa.attention`).
 
@@ -216,6 +222,8 @@ class Encoder(nn.Module):
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
         norm_eps: float = 1e-6,
+        class_token: bool = False,
+        stored_positions: bool = False,
         attention: str = "auto",
     ):
         super().__init__()
@@ -225,11 +233,19 @@ class Encoder(nn.Module):
         self.dim = dim
         self.attention = attention
         self.config = dict(
-            dim=dim, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio, norm_eps=norm_eps
+            dim=dim,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            norm_eps=norm_eps,
+            class_token=class_token,
+            stored_positions=stored_positions,
         )
         self.patch_embed = Linear(grid.patch_values, dim)
         positions = sincos_positions(grid.frequency_patches, grid.time_patches, dim)
-        self.register_buffer("positions", positions, persistent=False)
+        self.register_buffer("positions", positions, persistent=stored_positions)
+        token = nn.Parameter(0.02 * torch.randn(dim)) if class_token else None
+        self.register_parameter("class_token", token)
         self.blocks = nn.ModuleList(
             Block(dim, num_heads, mlp_ratio, norm_eps) for _ in range(depth)
         )
@@ -270,6 +286,8 @@ class Encoder(nn.Module):
         dtype = _working_dtype(spectrogram)
         with torch.autocast(spectrogram.device.type, enabled=False):
             x = self.patch_embed(patches.to(dtype)) + positions.to(dtype)
+            if self.class_token is not None:
+                x, valid = self._append_class_token(x, valid)
             rows = Rows(self.attention, x, valid)
             x = rows.pack(x)
             layers = [x]
@@ -277,9 +295,16 @@ class Encoder(nn.Module):
                 x = block(x, rows)
                 layers.append(x)
             layers[-1] = self.norm(x)
-            if all_layers:
-                return torch.stack([rows.unpack(layer) for layer in layers])
-            return rows.unpack(layers[-1])
+            wanted = layers if all_layers else layers[-1:]
+            outputs = [rows.unpack(layer) for layer in wanted]
+            if self.class_token is not None:
+                outputs = [tokens[:, :-1] for tokens in outputs]
+            return torch.stack(outputs) if all_layers else outputs[0]
+
+    def _append_class_token(self, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Behind the patches, where their numbers stay as they are."""
+        x = torch.cat([x, self.class_token.to(x.dtype).expand(len(x), 1, -1)], 1)
+        return x, None if valid is None else F.pad(valid, (0, 1), value=True)
 
     def _positions_for(self, spectrogram: Tensor) -> Tensor:
         """Positions [N', D] of a spectrogram no longer than the grid."""

@@ -5,16 +5,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from itertools import islice
 
 import torch
-import torchaudio
 from speechbrain.dataio import audio_io
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from speechbrain_jepa.data.crops import UnreadableAudio
+from speechbrain_jepa.data.crops import UnreadableAudio, resampler
 from speechbrain_jepa.data.manifest import EXTENSIONS
 from speechbrain_jepa.features import SAMPLE_RATE
 
@@ -73,11 +71,6 @@ def _walk(folder: str) -> list[str]:
     return sorted(found)
 
 
-@cache
-def _resampler(rate: int) -> torchaudio.transforms.Resample:
-    return torchaudio.transforms.Resample(rate, SAMPLE_RATE)
-
-
 def read_audio(path) -> Tensor:
     """Read a whole file.
 
@@ -106,7 +99,7 @@ def read_audio(path) -> Tensor:
     if not wav.isfinite().all():
         raise UnreadableAudio(path, "holds NaN or infinite samples")
     wav = wav.mean(0)
-    return wav if rate == SAMPLE_RATE else _resampler(rate)(wav)
+    return wav if rate == SAMPLE_RATE else resampler(rate)(wav)
 
 
 @dataclass

@@ -64,12 +64,12 @@ def decode_once(
     folder = Path(folder).absolute()
 
     def decode(item: int):
-        path, start = manifest.path(item), int(manifest.start[item])
-        out = folder / f"{path.lstrip(os.sep)}@{start}.wav"
-        changed = int(manifest.mtime_ns[item])
+        path = manifest.path(item)
+        source = os.path.abspath(os.path.join(data_folder or "", path))
+        rate, start = int(manifest.sample_rate[item]), int(manifest.start[item])
+        length, changed = int(manifest.length[item]), int(manifest.mtime_ns[item])
+        out = folder / f"{source.lstrip(os.sep)}@{start}+{length}.wav"
         if not out.exists() or out.stat().st_mtime_ns != changed:
-            source = os.path.join(data_folder or "", path)
-            rate, length = int(manifest.sample_rate[item]), int(manifest.length[item])
             try:
                 wav = read_segment(source, rate, start, length)
             except UnreadableAudio as error:
