@@ -461,6 +461,7 @@ def _model_card(config: dict, state: dict) -> str:
     shape = f"{grid.patch_frequency} bands x {grid.patch_time} frames"
     dims = f"{grid.frequency_patches} x {settings['dim']}"
     training = yaml.safe_dump(config["training"], sort_keys=False, allow_unicode=True).strip()
+    title, origin, licence = _origin(config["training"])
     return f"""\
 ---
 library_name: speechbrain
@@ -469,12 +470,10 @@ tags: [audio, speechbrain, self-supervised, jepa]
 license: other # TO BE CHOSEN by whoever publishes this folder
 ---
 
-# Audio encoder pretrained with a JEPA
+# Audio encoder {title}
 
 A vision transformer over log-mel spectrograms (16 kHz audio, {features.N_MELS} bands, 100 frames a
-second), pretrained without labels by predicting the representations of masked patches:
-Riou et al., "Investigating Design Choices in Joint-Embedding Predictive Architectures for General
-Audio Representation Learning", 2024. Written by speechbrain-jepa.
+second), {origin}
 
 | | |
 | --- | --- |
@@ -519,5 +518,24 @@ embedding = encoder.embed(wav)  # [B, samples] at 16 kHz to [B, dims]
 
 ## Licence
 
-To be filled in by whoever publishes this folder, with regard to the audio it was trained on.
+{licence}
 """
+
+
+def _origin(training: dict) -> tuple[str, str, str]:
+    """Title, description and licence of the model card."""
+    if "converted_from" in training:
+        return (
+            f"converted from {training['converted_from']}",
+            f"with the weights of {training['converted_from']} ({training['source']}), converted "
+            "by\nspeechbrain-jepa.",
+            "That of the original weights.",
+        )
+    return (
+        "pretrained with a JEPA",
+        "pretrained without labels by predicting the representations of masked patches:\n"
+        'Riou et al., "Investigating Design Choices in Joint-Embedding Predictive Architectures '
+        'for General\nAudio Representation Learning", 2024. Written by speechbrain-jepa.',
+        "To be filled in by whoever publishes this folder, with regard to the audio it was "
+        "trained on.",
+    )

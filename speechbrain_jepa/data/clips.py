@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from speechbrain_jepa.data.crops import UnreadableAudio, resampler
-from speechbrain_jepa.data.manifest import EXTENSIONS
+from speechbrain_jepa.data.manifest import list_audio
 from speechbrain_jepa.features import SAMPLE_RATE
 
 BATCH_SECONDS = 600.0  # of audio, padding included
@@ -52,23 +52,13 @@ def find_audio(sources) -> list[str]:
     for source in map(os.fspath, sources):
         if not os.path.exists(source):
             raise FileNotFoundError(f"{source}: no such file or folder")
-        found += _walk(source) if os.path.isdir(source) else [source]
+        if os.path.isdir(source):
+            found += [os.path.join(source, path) for path, *_ in list_audio(source)[0]]
+        else:
+            found.append(source)
     if not found:
         raise FileNotFoundError(f"no audio file in {', '.join(map(str, sources))}")
     return list(dict.fromkeys(found))
-
-
-def _walk(folder: str) -> list[str]:
-    found = []
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        audio = (
-            name
-            for name in names
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
-        )
-        found += [os.path.join(place, name) for name in audio]
-    return sorted(found)
 
 
 def read_audio(path) -> Tensor:

@@ -199,9 +199,9 @@ class SkippedFiles:
             self._bytes_read = size
 
 
-def _find_audio(folder: str) -> tuple[list[tuple[str, int, int]], list[tuple[str, str]]]:
+def list_audio(folder: str) -> tuple[list[tuple[str, int, int]], list[tuple[str, str]]]:
     """Every audio file below a folder (relative path, size, modification time), sorted; and what
-    could not be looked at (relative path, reason)."""
+    could not be looked at (relative path, reason). What is hidden is passed over."""
     found, unreadable = [], []
     folder = os.path.join(folder, "")
     pending, links, visited = [folder], [], set()
@@ -219,11 +219,12 @@ def _find_audio(folder: str) -> tuple[list[tuple[str, int, int]], list[tuple[str
             unreadable.append((current[len(folder) :], f"cannot be listed: {error.strerror}"))
             continue
         for entry in entries:
+            if entry.name.startswith("."):
+                continue
             path = entry.path[len(folder) :]
             try:
                 if entry.is_dir():
-                    if not entry.name.startswith("."):
-                        (links if entry.is_symlink() else pending).append(entry.path)
+                    (links if entry.is_symlink() else pending).append(entry.path)
                 elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
                     stat = entry.stat()
                     found.append((path, stat.st_size, stat.st_mtime_ns))
@@ -255,8 +256,9 @@ def scan_folder(
     """Find the audio files below a folder and read their headers.
 
     The manifest is kept in `cache_folder`; the next scan reads only the headers of files that are
-    new or changed (by size and modification time). Hidden folders are passed over, linked ones
-    followed. In a distributed run, call it on the main process and `Manifest.load` on the others.
+    new or changed (by size and modification time). Hidden files and folders are passed over, linked
+    ones followed. In a distributed run, call it on the main process and `Manifest.load` on the
+    others.
 
     Arguments
     ---------
@@ -293,7 +295,7 @@ def scan_folder(
     if not data_folder.is_dir():
         raise NotADirectoryError(f"data_folder={data_folder} is not a folder")
     _check_writable(cache_folder)
-    found, unreadable = _find_audio(os.fspath(data_folder))
+    found, unreadable = list_audio(os.fspath(data_folder))
     if not found:
         raise ValueError(
             f"no audio file below data_folder={data_folder}: looked for names ending in "
