@@ -23,15 +23,15 @@ from speechbrain_jepa.masking import PatchMasks
 from speechbrain_jepa.monitors import (
     CollapseAlarm,
     MetricsTable,
+    PatchStatistics,
     effective_rank,
-    mean_deviation,
     peak_memory_gib,
 )
 
 logger = get_logger(__name__)
 
 REFERENCE_BATCH = 256  # the learning rate is base rate * global batch / 256
-MONITORED_TOKENS = 4096  # embeddings of so many validation patches give the effective rank
+MONITORED_PATCHES = 4096  # of the validation set, about: their embeddings give the effective rank
 TRAIN_COLUMNS = (
     "loss",
     "learning_rate",
@@ -209,7 +209,10 @@ class JEPABrain(sb.Brain):
             self.train_set.batch_sampler.set_epoch(epoch, batches_done=self.step)
             self.interval.restart()
         else:
-            self.valid_outputs = {"targets": [], "embeddings": []}
+            num_patches = self.jepa.context_encoder.grid.num_patches
+            self.target_statistics = PatchStatistics(num_patches)
+            self.embedding_statistics = PatchStatistics(num_patches)
+            self.embeddings = []  # of the first clips
 
     # One batch
 
@@ -228,9 +231,10 @@ class JEPABrain(sb.Brain):
         with torch.no_grad():
             spectrogram = self.modules.features(batch.wav, margins=True)
             spectrogram = self.modules.normalization(spectrogram)
-        output = self.modules.jepa(spectrogram, self.draw_masks(len(batch), stage))
+        masks = self.draw_masks(len(batch), stage)
+        output = self.modules.jepa(spectrogram, masks)
         if stage != sb.Stage.TRAIN:
-            self._collect(spectrogram, output)
+            self._collect(spectrogram, masks, output)
         return output
 
     def compute_objectives(self, predictions, batch, stage):
@@ -327,29 +331,29 @@ class JEPABrain(sb.Brain):
         stats["nonfinite_steps"] = self.nonfinite_total
         self._log("train", {name: stats[name] for name in TRAIN_COLUMNS})
 
-    def _collect(self, spectrogram, output):
+    def _collect(self, spectrogram, masks, output):
         """Targets of this batch and the context encoder's view of whole spectrograms."""
-        targets = output.targets
+        targets, index = output.targets, masks.target_index
         if output.target_valid is not None:
-            targets = targets[output.target_valid]
-        embeddings = self.jepa.context_encoder(spectrogram)
-        for name, rows in {"targets": targets, "embeddings": embeddings}.items():
-            self.valid_outputs[name].append(rows.flatten(0, -2).float().cpu())
+            targets, index = targets[output.target_valid], index[output.target_valid]
+        self.target_statistics.add(targets, index)
+        embeddings = self.jepa.context_encoder(spectrogram).float().cpu()
+        clips, num_patches, _ = embeddings.shape
+        self.embedding_statistics.add(embeddings, torch.arange(num_patches).expand(clips, -1))
+        if sum(map(len, self.embeddings)) * num_patches < MONITORED_PATCHES:
+            self.embeddings.append(embeddings)
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
         if stage == sb.Stage.TRAIN:
             if self.interval.steps:
                 self._log_interval()
             return
-        rows = {name: torch.cat(parts) for name, parts in self.valid_outputs.items()}
-        sample = rows["embeddings"]
-        sample = sample[:: max(len(sample) // MONITORED_TOKENS, 1)][:MONITORED_TOKENS]
+        content = torch.cat(self.embeddings) - self.embedding_statistics.mean().float()
         monitors = {
-            "target_deviation": mean_deviation(rows["targets"]),
-            "embedding_deviation": mean_deviation(sample),
-            "embedding_rank": effective_rank(sample),
+            "target_deviation": self.target_statistics.deviation(),
+            "embedding_deviation": self.embedding_statistics.deviation(),
+            "embedding_rank": effective_rank(content.flatten(0, 1)),
         }
-        self.valid_outputs = None
         self._log("valid", {"loss": float(stage_loss), **monitors})
         for fallen in self.alarm.check(monitors):
             logger.warning(

@@ -32,15 +32,46 @@ def effective_rank(embeddings: Tensor) -> float:
     return torch.special.entr(shares).sum().exp().item()
 
 
-def mean_deviation(rows: Tensor) -> float:
-    """Standard deviation over the rows, averaged over the features: [n, D] -> float.
+class PatchStatistics:
+    """Mean and deviation over clips, for each patch of the grid apart, added up batch by batch.
+
+    Fixed positions enter every token, so representations that tell patches apart and nothing else
+    would still differ from each other: only what is compared at the same patch shows a collapse.
+
+    Arguments
+    ---------
+    num_patches : int
 
     Example
     -------
-    >>> round(mean_deviation(torch.tensor([[0.0, 1.0], [2.0, 1.0]])), 3)  # (1 + 0) / 2
-    0.5
+    >>> statistics = PatchStatistics(num_patches=2)
+    >>> rows = torch.tensor([[[0.0, 7.0], [5.0, 5.0]], [[2.0, 7.0], [5.0, 5.0]]])  # 2 clips
+    >>> statistics.add(rows, torch.tensor([[0, 1], [0, 1]]))
+    >>> statistics.deviation()  # (1 + 0 + 0 + 0) / 4
+    0.25
     """
-    return rows.float().std(0, unbiased=False).mean().item()
+
+    def __init__(self, num_patches: int):
+        self.count = torch.zeros(num_patches, 1, dtype=torch.float64)
+        self.total = self.squares = None
+
+    def add(self, rows: Tensor, index: Tensor) -> None:
+        """Representations [..., D] of the patches `index` [...]."""
+        rows, index = rows.flatten(0, -2).double().cpu(), index.flatten().cpu()
+        if self.total is None:
+            self.total, self.squares = torch.zeros(2, len(self.count), rows.shape[1]).double()
+        self.count.index_add_(0, index, torch.ones(len(index), 1, dtype=torch.float64))
+        self.total.index_add_(0, index, rows)
+        self.squares.index_add_(0, index, rows.square())
+
+    def mean(self) -> Tensor:
+        """Over clips, [N, D]; zero where a patch was never seen."""
+        return self.total / self.count.clamp(min=1)
+
+    def deviation(self) -> float:
+        """Standard deviation over clips, averaged over features and the patches seen."""
+        variance = self.squares / self.count.clamp(min=1) - self.mean().square()
+        return variance.clamp(min=0).sqrt()[self.count[:, 0] > 0].mean().item()
 
 
 class CollapseAlarm:

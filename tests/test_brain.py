@@ -1,0 +1,191 @@
+"""The loop, in this process; what needs a process of its own is in test_train.py."""
+
+import csv
+import logging
+
+import pytest
+import speechbrain as sb
+import torch
+from speechbrain.utils.epoch_loop import EpochCounter
+from speechbrain.utils.train_logger import FileTrainLogger, TensorboardLogger
+
+from speechbrain_jepa.brain import AtomicCheckpointer, JEPABrain
+from speechbrain_jepa.data import CropDataset, CropSampler, crop_loader, scan_folder
+from speechbrain_jepa.features import LogMelSpectrogram, Normalization
+from speechbrain_jepa.jepa import JEPA
+from speechbrain_jepa.losses import SmoothL1
+from speechbrain_jepa.masking import UnstructuredMasking
+from speechbrain_jepa.schedules import LinearRamp, WarmupCosine
+from speechbrain_jepa.vit import Encoder, PatchGrid, Predictor
+
+CLIPS = 4  # of a batch: 24 files make 6 batches an epoch
+
+
+@pytest.fixture
+def loaders(audio_folder, tmp_path):
+    manifest, _ = scan_folder(audio_folder, tmp_path / "scan", progress=False)
+    dataset = CropDataset(manifest, audio_folder, crop_frames=64)
+    train = crop_loader(dataset, CropSampler(len(dataset), CLIPS))
+    valid = crop_loader(dataset, CropSampler(len(dataset), CLIPS, shuffle=False))
+    return train, valid
+
+
+@pytest.fixture
+def make_brain(tmp_path):
+    def make(loss=None, epochs=1, checkpointer=False, run_opts=(), **hparams):
+        torch.manual_seed(0)
+        grid = PatchGrid(frames=64)
+        jepa = JEPA(
+            Encoder(grid, dim=24, depth=1, num_heads=3),
+            Predictor(grid, encoder_dim=24, dim=24, depth=1, num_heads=3),
+            loss or SmoothL1(),
+        )
+        modules = {
+            "jepa": jepa,
+            "features": LogMelSpectrogram(),
+            "normalization": Normalization(-9.0, 4.0),
+        }
+        counter = EpochCounter(epochs)
+        recoverables = {"jepa": jepa, "counter": counter}
+        brain = JEPABrain(
+            modules,
+            lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05),
+            {
+                "masking": UnstructuredMasking(grid),
+                "learning_rate_schedule": WarmupCosine(1e-3, warmup_share=0.0),
+                "ema_schedule": LinearRamp(0.9, 0.99),
+                "seed": 0,
+                "batch_size": CLIPS,
+                "log_interval": 1,
+                "collapse_share": 0.1,
+                "output_folder": str(tmp_path),
+                "train_logger": FileTrainLogger(str(tmp_path / "train_log.txt")),
+                **hparams,
+            },
+            {"device": "cpu", "noprogressbar": True, **dict(run_opts)},
+            AtomicCheckpointer(tmp_path / "save", recoverables) if checkpointer else None,
+        )
+        brain.counter = counter
+        return brain
+
+    return make
+
+
+def rows(tmp_path, prefix="train_"):
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        return [row for row in csv.DictReader(file) if row[f"{prefix}gradient_norm"]]
+
+
+class Scaled(SmoothL1):
+    """A loss whose chosen calls, counted from 0, are multiplied by a factor."""
+
+    def __init__(self, factor, calls):
+        super().__init__()
+        self.factor, self.calls, self.count = factor, calls, -1
+
+    def forward(self, *args):
+        loss = super().forward(*args)
+        if torch.is_grad_enabled():  # validation is not counted
+            self.count += 1
+            if self.count in self.calls:
+                return loss * self.factor
+        return loss
+
+
+def test_one_step_is_adamw_on_the_clipped_gradient_and_one_ema_update(make_brain, loaders):
+    """Against the same step written out, with every parameter in one list."""
+    train, _ = loaders
+    brain = make_brain(run_opts={"max_grad_norm": 0.01, "optimizer_step_limit": 1})
+    mirror = make_brain().jepa  # same seed, same parameters
+    brain.fit(brain.counter, *loaders)
+
+    train.batch_sampler.set_epoch(1)
+    batch = next(iter(train))
+    brain.epoch, brain.step = 1, 1
+    masks = brain.draw_masks(CLIPS, sb.Stage.TRAIN)
+    spectrogram = Normalization(-9.0, 4.0)(LogMelSpectrogram()(batch.wav, margins=True))
+    mirror(spectrogram, masks).loss.backward()
+    parameters = [p for p in mirror.parameters() if p.requires_grad]
+    norm = torch.sqrt(sum((p.grad**2).sum() for p in parameters))
+    assert norm > 0.1  # far above the limit: every group must be clipped
+    for parameter in parameters:
+        parameter.grad *= 0.01 / norm
+    before = {name: p.clone() for name, p in mirror.target_encoder.named_parameters()}
+    rate = 1e-3 * CLIPS / 256
+    torch.optim.AdamW(parameters, lr=rate, weight_decay=0.05).step()
+    for (name, ours), theirs in zip(brain.jepa.context_encoder.named_parameters(), parameters):
+        torch.testing.assert_close(ours, theirs, msg=name)
+    for name, average in brain.jepa.target_encoder.named_parameters():
+        context = dict(mirror.context_encoder.named_parameters())[name]
+        torch.testing.assert_close(average, 0.9 * before[name] + 0.1 * context, msg=name)
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(make_brain, loaders, tmp_path, factor):
+    brain = make_brain(loss=Scaled(factor, calls={2}))
+    brain.fit(brain.counter, *loaders)
+    assert all(parameter.isfinite().all() for parameter in brain.jepa.parameters())
+    assert [row["train_nonfinite_steps"] for row in rows(tmp_path)] == list("001111")
+
+
+def test_losses_that_stay_not_finite_stop_the_run_with_the_fix(make_brain, loaders):
+    brain = make_brain(
+        loss=Scaled(float("nan"), calls=set(range(1, 99))), run_opts={"nonfinite_patience": 2}
+    )
+    with pytest.raises(RuntimeError, match=r"3 optimiser steps in a row .*base_learning_rate"):
+        brain.fit(brain.counter, *loaders)
+    assert brain.optimizer_step == 3  # one good step and two skipped before the one that stops
+
+
+def test_accumulated_batches_weigh_as_much_as_one_large_batch(make_brain, loaders, tmp_path):
+    brain = make_brain(run_opts={"grad_accumulation_factor": 3})
+    assert brain.global_batch == 12
+    brain.fit(brain.counter, *loaders)
+    assert [row["step"] for row in rows(tmp_path)] == ["1", "2"]
+    assert float(rows(tmp_path)[0]["train_learning_rate"]) == pytest.approx(1e-3 * 12 / 256)
+
+
+def test_a_collapse_is_said_loudly(make_brain, loaders, caplog):
+    train, valid = loaders
+    brain = make_brain(epochs=2)
+    with caplog.at_level(logging.WARNING):
+        brain.fit(brain.counter, train, valid)
+        assert "COLLAPSE" not in caplog.text
+        with torch.no_grad():  # an encoder that tells nothing but the patch's place
+            brain.jepa.context_encoder.patch_embed.weight.zero_()
+        brain._fit_valid(valid, epoch=2, enable=False)
+    assert "COLLAPSE? embedding_deviation fell from" in caplog.text
+    assert "ema_start" in caplog.text
+
+
+def test_tensorboard_gets_what_the_table_gets(make_brain, loaders, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    logger = TensorboardLogger(str(tmp_path / "tensorboard"))
+    brain = make_brain(tensorboard_logger=logger)
+    brain.fit(brain.counter, *loaders)
+    logger.writer.flush()
+    accumulator = events.EventAccumulator(str(tmp_path / "tensorboard"))
+    accumulator.Reload()
+    losses = {event.step: event.value for event in accumulator.Scalars("loss/train")}
+    table = {int(row["step"]): float(row["train_loss"]) for row in rows(tmp_path)}
+    assert losses == pytest.approx(table, rel=1e-5)
+    assert accumulator.Scalars("embedding_rank/valid")
+
+
+def test_a_half_written_checkpoint_is_never_picked(make_brain, loaders, tmp_path, monkeypatch):
+    brain = make_brain(checkpointer=True)
+    brain.fit(brain.counter, *loaders)
+    whole = brain.checkpointer.find_checkpoint()
+
+    def dies(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(AtomicCheckpointer, "_move_into_place", dies)
+    with pytest.raises(KeyboardInterrupt):
+        brain.checkpointer.save_checkpoint()
+    monkeypatch.undo()
+    leftovers = list((tmp_path / "save").glob("PARTIAL-*"))
+    assert len(leftovers) == 1
+    assert brain.checkpointer.find_checkpoint().path == whole.path
+    brain.checkpointer.save_checkpoint()
+    assert not leftovers[0].exists()
