@@ -358,8 +358,9 @@ class JEPABrain(sb.Brain):
         for fallen in self.alarm.check(monitors):
             logger.warning(
                 f"COLLAPSE? {fallen}, under {self.alarm.share:.0%} of its start. What to try: a "
-                "lower learning rate or a longer warm-up; for a short run a faster EMA (ema_start "
-                "0.99); a larger batch; more target patches; a shallower encoder."
+                "lower learning rate or a longer warm-up; a slower EMA (ema_start nearer to 1: "
+                "targets that change faster than the predictor learns lose their content); a "
+                "larger batch; more target patches; a shallower encoder."
             )
         if self.checkpointer is not None and epoch:
             self.checkpointer.save_and_keep_only(
