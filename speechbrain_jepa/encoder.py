@@ -72,7 +72,7 @@ class AudioJEPA(nn.Module):
     freeze : bool
         No gradients, always in eval mode. Default True.
     freeze_feature_extractor : bool
-        With freeze=False: keep the patch embedding as it is. Default False.
+        With freeze=False: keep the patch embedding (and class token) as it is. Default False.
     apply_spec_augment : bool
         Accepted, has no effect: augment the waveform. Default False.
     output_all_hiddens : bool

@@ -34,10 +34,18 @@ from speechbrain_jepa.vit import Encoder, PatchGrid, Predictor
 TRAINING = {"masking": "UnstructuredMasking", "steps": 1800}
 
 
-def make_encoder(seed=0, **grid):
+def make_encoder(seed=0, class_token=False, stored_positions=False, **grid):
     torch.manual_seed(seed)
-    grid = PatchGrid(**{"frames": 208, **grid})
-    return Encoder(grid, dim=24, depth=2, num_heads=3, mlp_ratio=2.0, norm_eps=1e-5)
+    return Encoder(
+        PatchGrid(**{"frames": 208, **grid}),
+        dim=24,
+        depth=2,
+        num_heads=3,
+        mlp_ratio=2.0,
+        norm_eps=1e-5,
+        class_token=class_token,
+        stored_positions=stored_positions,
+    )
 
 
 @pytest.fixture
@@ -116,6 +124,22 @@ def test_other_grids_are_kept(grid, tmp_path):
     assert loaded.grid == encoder.grid
     spectrogram = torch.randn(1, 80, 208)
     torch.testing.assert_close(loaded(spectrogram), encoder(spectrogram), rtol=0, atol=0)
+
+
+def test_class_token_and_stored_positions_are_kept(tmp_path):
+    encoder = make_encoder(class_token=True, stored_positions=True)
+    encoder.positions.mul_(0.5)
+    loaded, _, _ = load_pretrained(save_pretrained(tmp_path / "p", encoder, Normalization()))
+    assert loaded.config == encoder.config
+    assert_same_parameters(loaded, encoder)
+    spectrogram = torch.randn(1, 80, 208)
+    torch.testing.assert_close(loaded(spectrogram), encoder(spectrogram), rtol=0, atol=0)
+
+
+def test_a_config_from_before_class_tokens_is_one_without(folder):
+    edit_config(folder, lambda config: config["encoder"].pop("class_token"))
+    edit_config(folder, lambda config: config["encoder"].pop("stored_positions"))
+    assert_same_parameters(load_pretrained(folder)[0], make_encoder())
 
 
 def test_the_folder_has_four_files_and_float32_weights_of_the_encoder_alone(tmp_path):

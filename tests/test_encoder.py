@@ -23,9 +23,10 @@ STEP = 2_560  # samples: 16 frames of 160
 NORMALIZATION = (-7.06, 4.19)
 
 
-def make_encoder(seed=0, depth=2, **grid):
+def make_encoder(seed=0, depth=2, class_token=False, **grid):
     torch.manual_seed(seed)
-    return Encoder(PatchGrid(**{"frames": 208, **grid}), dim=24, depth=depth, num_heads=3)
+    grid = PatchGrid(**{"frames": 208, **grid})
+    return Encoder(grid, dim=24, depth=depth, num_heads=3, class_token=class_token)
 
 
 def make_model(depth=2, grid=None, **options):
@@ -111,6 +112,17 @@ def test_embedding_does_not_depend_on_batch_mates(options):
         assert not own[..., steps:, :].any()
         assert_relatively_close(clips[..., number : number + 1, :], model.embed(wav[None]))
         assert_relatively_close(clips[..., number : number + 1, :], alone.mean(-2))
+
+
+def test_a_class_token_is_no_part_of_the_time_steps_and_none_of_the_batch():
+    model = AudioJEPA((make_encoder(class_token=True), Normalization(*NORMALIZATION)))
+    wavs = [noise(50_000), noise(3_000, seed=1), noise(40_000, seed=2)]
+    frames, clips = model(*pad(wavs)), model.embed(*pad(wavs))
+    for number, wav in enumerate(wavs):
+        alone = embed_slowly(model, wav)
+        assert alone.shape[1] == model.get_output_dim() == 120
+        assert_relatively_close(frames[number, : len(alone)], alone)
+        assert_relatively_close(clips[number], alone.mean(0))
 
 
 def test_what_the_padding_holds_does_not_matter():
@@ -298,6 +310,9 @@ def test_partial_freezing():
     assert moved == trainable(model)
     assert {name.split(".")[1] for name in moved} == {"blocks", "norm"}
     assert {name.split(".")[2] for name in moved if "blocks" in name} == {"2"}
+    with_token = (make_encoder(class_token=True), Normalization())
+    model = AudioJEPA(with_token, freeze=False, freeze_layers=1)
+    assert "encoder.class_token" not in trainable(model)  # it enters before the first layer
     everything = trainable(make_model(freeze=False))
     kept = everything - trainable(make_model(freeze=False, freeze_feature_extractor=True))
     assert kept == {"encoder.patch_embed.weight", "encoder.patch_embed.bias"}

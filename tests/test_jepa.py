@@ -134,6 +134,24 @@ def test_update_target_equals_equation_1_in_numpy(rate):
         np.testing.assert_allclose(after.numpy(), expected, rtol=1e-6, atol=1e-7)
 
 
+@all_domains
+@all_strategies
+def test_a_class_token_trains_and_the_target_encoders_follows(domain, strategy):
+    encoder = Encoder(GRID, dim=48, depth=2, num_heads=3, class_token=True, stored_positions=True)
+    predictor = Predictor(GRID, encoder_dim=48, dim=32, depth=2, num_heads=4)
+    jepa = JEPA(encoder, predictor, SmoothL1(), target_masking=domain)
+    masks = draw(strategy)
+    output = jepa(batch(), masks)
+    output.loss.backward()
+    assert output.predictions.shape == (*masks.target_index.shape, 48)
+    assert encoder.class_token.grad.count_nonzero() > 0
+    before = jepa.target_encoder.class_token.clone()
+    with torch.no_grad():
+        encoder.class_token.add_(1)
+    jepa.update_target(0.75)
+    assert_close(jepa.target_encoder.class_token, before + 0.25)
+
+
 def test_many_small_updates_follow_the_closed_form():
     """With a fixed context encoder n updates leave rate ** n of the start.
 
