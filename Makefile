@@ -4,13 +4,19 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-s3prl lint clean
 
 quickstart: $(VENV)/installed
 	$(RUN) train.py hparams/quickstart.yaml
 
 test: $(VENV)/installed lint
 	$(RUN) -m pytest
+
+# s3prl 0.4.18 in two environments of its own: where it imports as it is, and with today's packages
+S3PRL_VENVS = $(VENV)/s3prl $(VENV)/s3prl-latest
+
+test-s3prl: $(S3PRL_VENVS:=/installed)
+	for venv in $(S3PRL_VENVS); do $$venv/bin/python -m pytest tests/s3prl || exit 1; done
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
@@ -21,6 +27,11 @@ $(VENV)/installed: setup.cfg pyproject.toml
 		"Python 3.10 to 3.12 is needed, this is %d.%d: make PYTHON=python3.11 ..." % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+$(S3PRL_VENVS:=/installed): $(VENV)/%/installed: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --editable '.[$*,test]'
 	touch $@
 
 clean:

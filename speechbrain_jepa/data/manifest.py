@@ -434,7 +434,7 @@ def _manifest_of(
         headers = Manifest.load(cache_folder).headers()
         headers.update((tuple(file), header) for file, header in unused)
     files = {(path, size, mtime) for path, _, _, size, mtime in entries}
-    headers.update(_read_headers(sorted(files - headers.keys()), root, num_threads, progress))
+    headers.update(read_headers(sorted(files - headers.keys()), root, num_threads, progress))
 
     rows, reasons = [], list(unreadable)
     for path, start, stop, size, mtime in entries:
@@ -521,8 +521,8 @@ def _read_header(path: str, size: int) -> tuple[int, int] | str:
         return "cannot be opened: " + " ".join(reason.split())
 
 
-def _read_headers(files, root: Path, num_threads: int, progress: bool) -> dict:
-    """What `_read_header` says of each (path, size, mtime_ns)."""
+def read_headers(files, root: Path, num_threads: int, progress: bool) -> dict:
+    """Samples and sample rate, or what is wrong, by (path below `root`, size, mtime_ns)."""
 
     def read(file):
         return _read_header(os.path.join(root, file[0]), file[1])
