@@ -127,6 +127,12 @@ if __name__ == "__main__":
 
     sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
 
+    if hparams["online_probe_csv"] is not None:
+        from speechbrain_jepa.evaluation.online_probe import OnlineProbe
+
+        hparams["online_probe"] = OnlineProbe(
+            hparams["online_probe_csv"], hparams["online_probe_every"]
+        )
     if hparams["data_folder"] is None and hparams["train_csv"] is None:
         logger.info("No --data_folder and no --train_csv: taking the generated demo corpus")
         hparams["data_folder"] = str(run_on_main(make_demo_corpus))

@@ -126,9 +126,9 @@ class JEPABrain(sb.Brain):
 
     hparams read here: `masking` (a strategy), `learning_rate_schedule`, `ema_schedule` (callables
     of step and total steps), `seed`, `batch_size` (per device), `log_interval` (optimiser steps),
-    `collapse_share`, `output_folder`, `train_logger`, and optionally `tensorboard_logger` and
-    `skipped_files` (told of audio files that break during training). Run options are
-    SpeechBrain's own.
+    `collapse_share`, `output_folder`, `train_logger`, and optionally `tensorboard_logger`,
+    `online_probe` (speechbrain_jepa.evaluation.online_probe) and `skipped_files` (told of audio
+    files that break during training). Run options are SpeechBrain's own.
 
     One optimiser step: gradients of `grad_accumulation_factor` batches, clipped together over all
     parameter groups, AdamW, then one EMA update of the target encoder. A step whose loss or
@@ -158,6 +158,9 @@ class JEPABrain(sb.Brain):
         columns = ["step", "epoch"]
         columns += [f"train_{name}" for name in TRAIN_COLUMNS]
         columns += [f"valid_{name}" for name in VALID_COLUMNS]
+        self.online_probe = getattr(self.hparams, "online_probe", None)
+        if self.online_probe is not None:
+            columns += [f"valid_{name}" for name in self.online_probe.columns]
         self.metrics = MetricsTable(Path(self.hparams.output_folder) / "metrics.csv", columns)
         self.nonfinite_streak = 0
         self.nonfinite_total = 0
@@ -354,7 +357,7 @@ class JEPABrain(sb.Brain):
             "embedding_deviation": self.embedding_statistics.deviation(),
             "embedding_rank": effective_rank(content.flatten(0, 1)),
         }
-        self._log("valid", {"loss": float(stage_loss), **monitors})
+        self._log("valid", {"loss": float(stage_loss), **monitors, **self._probe(epoch)})
         for fallen in self.alarm.check(monitors):
             logger.warning(
                 f"COLLAPSE? {fallen}, under {self.alarm.share:.0%} of its start. What to try: a "
@@ -367,6 +370,13 @@ class JEPABrain(sb.Brain):
                 meta={"valid_loss": float(stage_loss), "epoch": epoch, "step": self.optimizer_step},
                 num_to_keep=1,
             )
+
+    def _probe(self, epoch: int | None) -> dict[str, float]:
+        """Accuracies of the online probe: before the first step, and every so many epochs."""
+        probe = self.online_probe
+        if probe is None or not if_main_process() or (epoch or 0) % probe.every:
+            return {}
+        return probe(self.jepa.context_encoder, self.modules.normalization)
 
     # Checkpoints
 

@@ -3,7 +3,9 @@
 import csv
 import logging
 
+import numpy as np
 import pytest
+import soundfile
 import speechbrain as sb
 import torch
 from speechbrain.utils.epoch_loop import EpochCounter
@@ -11,6 +13,7 @@ from speechbrain.utils.train_logger import FileTrainLogger, TensorboardLogger
 
 from speechbrain_jepa.brain import AtomicCheckpointer, JEPABrain
 from speechbrain_jepa.data import CropDataset, CropSampler, crop_loader, scan_folder
+from speechbrain_jepa.evaluation.online_probe import OnlineProbe
 from speechbrain_jepa.features import LogMelSpectrogram, Normalization
 from speechbrain_jepa.jepa import JEPA
 from speechbrain_jepa.losses import SmoothL1
@@ -170,6 +173,28 @@ def test_tensorboard_gets_what_the_table_gets(make_brain, loaders, tmp_path):
     table = {int(row["step"]): float(row["train_loss"]) for row in rows(tmp_path)}
     assert losses == pytest.approx(table, rel=1e-5)
     assert accumulator.Scalars("embedding_rank/valid")
+
+
+def test_online_probe_is_logged_with_the_losses(make_brain, loaders, audio_folder, tmp_path):
+    """Labels that the log-mel tells apart: silence and tones."""
+    labelled = tmp_path / "labelled"
+    labelled.mkdir()
+    lines = ["file,split,label"]
+    for number in range(12):
+        split = "train" if number < 8 else "test"
+        silence = labelled / f"{number}.wav"
+        soundfile.write(silence, 1e-4 * np.random.default_rng(number).normal(size=8_000), 16_000)
+        tone = audio_folder / f"tone_{number:02d}.flac"
+        lines += [f"{silence},{split},silence", f"{tone},{split},tone"]
+    (labelled / "labels.csv").write_text("\n".join(lines))
+    brain = make_brain(epochs=3, online_probe=OnlineProbe(labelled / "labels.csv", every=2))
+    brain.fit(brain.counter, *loaders)
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        table = [row for row in csv.DictReader(file) if row["valid_loss"]]
+    accuracy = {int(row["epoch"]): row["valid_labelled_accuracy"] for row in table}
+    assert accuracy == {0: "100.0", 1: "", 2: "100.0", 3: ""}
+    with pytest.raises(ValueError, match="online_probe_every=0"):
+        OnlineProbe(labelled / "labels.csv", every=0)
 
 
 def test_a_half_written_checkpoint_is_never_picked(make_brain, loaders, tmp_path, monkeypatch):

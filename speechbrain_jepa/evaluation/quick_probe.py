@@ -51,15 +51,16 @@ class LabelSet:
 
 
 def read_label_sets(folder) -> list[LabelSet]:
-    """Label sets from the `meta.csv` in a folder, or in each of its subfolders.
+    """Label sets from the `meta.csv` in a folder, or in each of its subfolders, or from a csv.
 
-    `meta.csv` has the columns file (relative to its folder), split (train, valid or test) and one
+    The csv has the columns file (relative to its folder), split (train, valid or test) and one
     column per label set. A column called label is named after the folder. Rows with an empty label
     are left out of that label set.
 
     Arguments
     ---------
     folder : str or Path
+        Of one or more `meta.csv`, or a csv of any name.
 
     Returns
     -------
@@ -68,7 +69,7 @@ def read_label_sets(folder) -> list[LabelSet]:
     Raises
     ------
     FileNotFoundError
-        If there is no meta.csv in the folder or in any of its subfolders.
+        If there is no such file, nor a meta.csv in the folder or in any of its subfolders.
     ValueError
         If a column is missing, a split has another name, or a label set has no train or test rows.
 
@@ -83,7 +84,7 @@ def read_label_sets(folder) -> list[LabelSet]:
     ('vowels', ['a', 'o', 'a'])
     """
     folder = Path(folder)
-    tables = [folder / "meta.csv"]
+    tables = [folder if folder.is_file() else folder / "meta.csv"]
     if not tables[0].is_file():
         tables = sorted(folder.glob("*/meta.csv"))
     if not tables:

@@ -3,13 +3,12 @@
 import sys
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from speechbrain_jepa.data import CropDataset, make_demo_corpus
 from speechbrain_jepa.encoder import AudioJEPA
+from speechbrain_jepa.evaluation.online_probe import embed_with
 from speechbrain_jepa.evaluation.pictures import draw_curves, draw_masks
 from speechbrain_jepa.evaluation.quick_probe import ProbeTable, quick_probe
 from speechbrain_jepa.masking import MultiBlockMasking, TimeMasking, UnstructuredMasking
@@ -38,10 +37,13 @@ def report(hparams: dict, pretrained: Path, tasks_folder: str | Path | None = No
     """
     output = Path(hparams["output_folder"])
     seeds = (hparams["seed"] + 1000 * number for number in range(UNTRAINED_ENCODERS))
-    untrained = [_embedder((_untrained(hparams, seed), hparams["normalization"])) for seed in seeds]
+    untrained = [AudioJEPA((_untrained(hparams, s), hparams["normalization"])) for s in seeds]
     table = quick_probe(
         tasks_folder or make_demo_corpus(),
-        {"untrained": untrained, "trained": [_embedder(pretrained)]},
+        {
+            "untrained": [embed_with(encoder) for encoder in untrained],
+            "trained": [embed_with(AudioJEPA(pretrained))],
+        },
     )
     table.accuracy.to_csv(output / "probe.csv")
     masks = _draw_masks(hparams, output / "masks.png")
@@ -57,19 +59,6 @@ def _untrained(hparams, seed: int) -> Encoder:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Encoder(hparams["grid"], **hparams["encoder"].config)
-
-
-def _embedder(source):
-    """Waveforms to clip embeddings."""
-    encoder = AudioJEPA(source)
-
-    @torch.inference_mode()
-    def embed(wavs: list[np.ndarray]) -> np.ndarray:
-        lengths = torch.tensor([len(wav) for wav in wavs])
-        padded = pad_sequence([torch.from_numpy(wav) for wav in wavs], batch_first=True)
-        return encoder.embed(padded, lengths / lengths.max()).numpy()
-
-    return embed
 
 
 def _draw_masks(hparams, path: Path) -> Path:

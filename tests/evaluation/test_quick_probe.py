@@ -234,8 +234,13 @@ def test_verdict_is_in_units_of_the_larger_deviation_between_seeds():
     assert "+10.0 points" in table.verdict() and "5.0 times" in table.verdict()
 
 
+def test_the_deviation_is_of_the_row_that_has_seeds():
+    gain, deviation = table_of([49.0, 51.0], [60.0]).gain()
+    assert gain == pytest.approx(10) and deviation == pytest.approx(2**0.5)
+
+
 def test_a_single_seed_says_that_it_has_no_deviation():
-    table = table_of([49.0, 51.0], [60.0])
+    table = table_of([50.0], [60.0])
     assert "single seed" in table.verdict()
     assert "60.0" in str(table) and "nan" not in str(table).lower()
 
