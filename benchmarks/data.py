@@ -65,18 +65,23 @@ def crops_per_second(dataset: CropDataset, seconds: float) -> float:
     return crops / (time.perf_counter() - start)
 
 
-def worker_memory(dataset: CropDataset, batches: int) -> list[tuple[float, float]]:
+def worker_memory(dataset: CropDataset, looks: tuple[int, ...]) -> list[list[tuple]]:
     """Resident and private MiB of each of two loader processes after so many batches."""
-    loader = crop_loader(dataset, CropSampler(len(dataset), BATCH, passes=1000), num_workers=2)
-    iterator = iter(loader)
-    for _ in range(batches):
-        next(iterator)
-    usage = []
-    for worker in iterator._workers:
-        lines = Path(f"/proc/{worker.pid}/smaps_rollup").read_text().splitlines()[1:]
-        kib = {name: int(value.split()[0]) for name, value in (line.split(":") for line in lines)}
-        usage.append((kib["Rss"] / 1024, (kib["Private_Clean"] + kib["Private_Dirty"]) / 1024))
+    passes = -(-(looks[-1] + 8) * BATCH // len(dataset))  # 8: those that are prefetched
+    loader = crop_loader(dataset, CropSampler(len(dataset), BATCH, passes=passes), num_workers=2)
+    batches, usage = iter(loader), []
+    for number in range(1, looks[-1] + 1):
+        next(batches)
+        if number in looks:
+            usage.append([memory_of(worker.pid) for worker in batches._workers])
     return usage
+
+
+def memory_of(process: int) -> tuple[float, float]:
+    """Resident and private MiB."""
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]
+    kib = {name: int(value.split()[0]) for name, value in (line.split(":") for line in lines)}
+    return kib["Rss"] / 1024, (kib["Private_Clean"] + kib["Private_Dirty"]) / 1024
 
 
 def repeated(manifest: Manifest, rows: int, folder: Path) -> Manifest:
@@ -91,7 +96,7 @@ def parse_arguments():
     parser.add_argument("--files", type=int, default=32, help="of each format and rate")
     parser.add_argument("--seconds", type=float, default=4.0, help="to measure each speed for")
     parser.add_argument("--rows", type=int, default=2_000_000, help="of the large manifest")
-    parser.add_argument("--batches", type=int, default=200, help="read before the second look")
+    parser.add_argument("--batches", type=int, default=1000, help="read before the last look")
     return parser.parse_args()
 
 
@@ -124,8 +129,8 @@ def main():
         print("| rows | batches | resident, MiB | private, MiB |\n|---|---|---|---|")
         for rows in (100, args.rows):
             dataset = CropDataset(repeated(manifest, rows, root / f"{rows}"), folder, args.frames)
-            for batches in (10, args.batches):
-                usage = worker_memory(dataset, batches)
+            looks = (args.batches // 2, args.batches)
+            for batches, usage in zip(looks, worker_memory(dataset, looks)):
                 resident, private = (" and ".join(f"{x:.0f}" for x in part) for part in zip(*usage))
                 print(f"| {rows:,} | {batches} | {resident} | {private} |", flush=True)
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHOICES = ("auto", "flash_attn", "sdpa")
-LONGEST_MATMUL_ROW = 256  # tokens: above, the K x K scores outgrow the cache and sdpa wins
+LONGEST_MATMUL_ROW = 128  # tokens: above, the K x K scores outgrow the cache and sdpa wins
 HALF = (torch.float16, torch.bfloat16)
 
 
