@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import soundfile
 import torch
-import torchaudio
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
+from speechbrain_jepa.data.clips import read_audio
+from speechbrain_jepa.data.crops import UnreadableAudio
 from speechbrain_jepa.features import N_FFT, SAMPLE_RATE, LogMelSpectrogram
 
 logger = logging.getLogger(__name__)
@@ -126,34 +126,13 @@ def _read_table(table: Path) -> list[LabelSet]:
     return label_sets
 
 
-def read_audio(file) -> np.ndarray:
-    """A whole file as mono at 16 kHz.
-
-    Arguments
-    ---------
-    file : str or Path
-
-    Returns
-    -------
-    array [samples], float32
-
-    Raises
-    ------
-    ValueError
-        If the audio is not finite or shorter than one window.
-    soundfile.LibsndfileError
-        If the file cannot be read.
-    """
-    wav, sample_rate = soundfile.read(file, dtype="float32", always_2d=True)
-    wav = wav.mean(1)
-    if sample_rate != SAMPLE_RATE:
-        resampled = torchaudio.functional.resample(torch.from_numpy(wav), sample_rate, SAMPLE_RATE)
-        wav = resampled.numpy()
+def _read(file: Path) -> np.ndarray:
+    """A whole file [samples] that has at least one window."""
+    wav = read_audio(file)
     if len(wav) < N_FFT:
-        raise ValueError(f"{len(wav)} samples at {SAMPLE_RATE} Hz: fewer than one window, {N_FFT}")
-    if not np.isfinite(wav).all():
-        raise ValueError("it holds samples that are not finite")
-    return wav
+        reason = f"{len(wav)} samples at {SAMPLE_RATE} Hz: fewer than one window, {N_FFT}"
+        raise UnreadableAudio(str(file), reason)
+    return wav.numpy()
 
 
 def embed_files(
@@ -182,6 +161,7 @@ def embed_files(
 
     Example
     -------
+    >>> import soundfile
     >>> file = getfixture("tmp_path") / "noise.wav"
     >>> soundfile.write(file, np.random.default_rng(0).normal(0, 0.1, 16_000), 16_000)
     >>> features, read = embed_files([file], {"log-mel": [logmel_statistics]})
@@ -195,10 +175,10 @@ def embed_files(
         wavs = []
         for file in files[start : start + FILES_AT_ONCE]:
             try:
-                wavs.append(read_audio(file))
+                wavs.append(_read(file))
                 read.append(file)
-            except (soundfile.SoundFileError, OSError, ValueError) as error:
-                logger.warning("skipped %s: %s", file, error)
+            except UnreadableAudio as error:
+                logger.warning("skipped %s", error)
         for name, seeds in embedders.items() if wavs else ():
             for embed, rows in zip(seeds, parts[name]):
                 rows.append(np.asarray(embed(wavs), np.float32))

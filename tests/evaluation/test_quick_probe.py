@@ -16,7 +16,6 @@ from speechbrain_jepa.evaluation.quick_probe import (
     probe,
     probe_table,
     quick_probe,
-    read_audio,
     read_label_sets,
 )
 from speechbrain_jepa.features import LogMelSpectrogram
@@ -140,16 +139,6 @@ def test_a_folder_without_tables_is_an_error(tmp_path):
 
 
 # -- audio and embeddings ----------------------------------------------------------------------
-
-
-def test_other_rates_and_channels_become_mono_at_16_khz(tmp_path):
-    seconds = np.arange(44_100) / 44_100
-    tone = 0.5 * np.sin(2 * np.pi * 440 * seconds)
-    soundfile.write(tmp_path / "tone.wav", np.stack([tone, 0 * tone], 1), 44_100)
-    wav = read_audio(tmp_path / "tone.wav")
-    assert wav.dtype == np.float32 and wav.shape == (16_000,)
-    assert np.abs(np.fft.rfft(wav)).argmax() == 440
-    assert wav[1000:-1000].std() == pytest.approx(0.25 / 2**0.5, rel=0.01)
 
 
 def test_files_that_cannot_be_read_are_skipped_with_a_line_each(tmp_path, caplog):
