@@ -31,7 +31,7 @@ def s3prl_folder():
     try:
         distribution = importlib.metadata.distribution("s3prl")
     except importlib.metadata.PackageNotFoundError:
-        pytest.skip("s3prl is not installed: `make test-s3prl` runs this")
+        pytest.skip("s3prl is not installed: pip install s3prl==0.4.18, or make test-s3prl")
     return Path(distribution.locate_file("s3prl"))
 
 
