@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
+from threading import Lock
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -206,8 +208,7 @@ def probe(
         for seed in seeds
         for rows in clips.divide(seed, features.usable)
     ]
-    common = clips.train_rows[features.usable[clips.train_rows]]
-    bank = _Bank(features.array, clips.targets, common, protocol, torch.device(device))
+    bank = _Bank(features.array, clips.targets, protocol, torch.device(device))
     train = _logistic if protocol.probe == "logistic" else _adam
     outcomes = train(bank, trials, protocol)
     if protocol.neighbours and not clips.multilabel:
@@ -231,7 +232,7 @@ class _Scale:
 class _Bank:
     """The features and labels that trials read from."""
 
-    def __init__(self, array, targets: Tensor, common: np.ndarray, protocol, device):
+    def __init__(self, array, targets: Tensor, protocol, device):
         self.array, self.device = array, device
         self.targets = targets.to(device)
         self.num_classes = int(targets.max()) + 1 if targets.dim() == 1 else targets.shape[1]
@@ -239,8 +240,9 @@ class _Bank:
         self.dims = array.shape[-1]
         self.dtype = _product_dtype(protocol.precision, device)
         self.memory = _memory(device) if protocol.memory_gb is None else protocol.memory_gb * 1e9
-        self.common = common  # rows that a standardisation for all trials is measured on
         self._scales: dict[tuple, _Scale] = {}
+        self._matrices: WeakValueDictionary[tuple, Tensor] = WeakValueDictionary()
+        self._lock = Lock()
 
     def scale(self, layer: int, rows: np.ndarray) -> _Scale:
         """The standardisation by these rows, measured once."""
@@ -289,25 +291,28 @@ class _Bank:
             return list(self.blocks(scale, rows))
         return _Again(self, scale, rows)
 
-    def matrix(self, layers: Sequence[int]) -> Tensor:
-        """All clips of some layers [L * n, C], in the dtype of products.
+    def train_matrix(self, trial: Trial) -> Tensor:
+        """The trial's training clips [rows, C], standardised, in the dtype of products.
 
-        Standardised by all clips that may train. What is left to a trial's own
-        standardisation is worked into its weights (`_Group._step`).
+        Trials of the same clips get the same tensor. It lasts as long as one of them keeps it.
         """
-        count = self.array.shape[1]
-        matrix = torch.empty(len(layers), count, self.dims, dtype=self.dtype, device=self.device)
-        for part, layer in zip(matrix, layers):
-            scale = self.scale(layer, self.common)
-            for start in range(0, count, BLOCK_ROWS):
-                rows = np.arange(start, min(start + BLOCK_ROWS, count))
-                part[start : start + BLOCK_ROWS] = self.standardised(scale, rows)
-        return matrix.flatten(0, 1)
+        scale = self.scale_of(trial)
+        key = (scale.layer, scale.rows.tobytes())
+        with self._lock:
+            if (matrix := self._matrices.get(key)) is None:
+                shape = (len(scale.rows), self.dims)
+                matrix = torch.empty(shape, dtype=self.dtype, device=self.device)
+                for part, (block, _) in zip(
+                    matrix.split(BLOCK_ROWS), self.blocks(scale, scale.rows)
+                ):
+                    part.copy_(block)
+                self._matrices[key] = matrix
+        return matrix
 
-    @property
-    def layers_at_once(self) -> int:
-        """Layers of which `matrix` fits the memory."""
-        return int(self.memory // (self.array.shape[1] * self.dims * self.dtype.itemsize))
+    def train_bytes(self, trials: Sequence[Trial]) -> int:
+        """Of the different matrices of these trials."""
+        rows = {(trial.layer, trial.rows.train.tobytes()): trial.rows.train for trial in trials}
+        return sum(map(len, rows.values())) * self.dims * self.dtype.itemsize
 
     def logits(self, blocks, weight: Tensor, bias: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Logits [b, V, K] and targets, with weights [V, K, C] and biases [V, K]."""
@@ -432,19 +437,13 @@ def _memory(device: torch.device) -> float:
 
 def _adam(bank: _Bank, trials: list[Trial], protocol: Protocol) -> list[Outcome]:
     """Train all trials in groups that fit; groups run beside each other on a CPU."""
-    layers = sorted({trial.layer for trial in trials})
-    at_once = max(bank.layers_at_once, 1)
+    groups = _groups(bank, trials, protocol)
+    threads = min(torch.get_num_threads(), len(groups)) if bank.device.type == "cpu" else 1
     outcomes = {}
-    for start in range(0, len(layers), at_once):
-        chosen = layers[start : start + at_once]
-        matrix = bank.matrix(chosen) if bank.layers_at_once else None
-        groups = _groups(bank, [trial for trial in trials if trial.layer in chosen], protocol)
-        threads = min(torch.get_num_threads(), len(groups)) if bank.device.type == "cpu" else 1
-        memory = bank.memory / 4 / threads
-        with _workers(threads) as run:
-            train = partial(_train_group, bank, protocol, chosen, matrix, memory)
-            for finished in run(train, groups):
-                outcomes.update((id(outcome.trial), outcome) for outcome in finished)
+    with _workers(threads) as run:
+        train = partial(_train_group, bank, protocol, bank.memory / 2 / threads)
+        for finished in run(train, groups):
+            outcomes.update((id(outcome.trial), outcome) for outcome in finished)
     return [outcomes[id(trial)] for trial in trials]
 
 
@@ -467,8 +466,8 @@ def _groups(bank: _Bank, trials: list[Trial], protocol: Protocol) -> list[list[T
     """Cut the trials into groups: small enough for the caches of a CPU or the memory of a GPU."""
     weights = len(protocol.variants) * bank.num_classes * bank.dims * 4
     on_cpu = bank.device.type == "cpu"
-    batch = protocol.batch_size * bank.dims * 4
-    size = CACHE_BYTES // (3 * weights) if on_cpu else bank.memory // (8 * weights + 2 * batch)
+    rows = 2 * protocol.batch_size * bank.dims * 4 + bank.train_bytes(trials[:1])
+    size = CACHE_BYTES // (3 * weights) if on_cpu else bank.memory // (8 * weights + rows)
     count = -(-len(trials) // max(int(size), 1))
     if on_cpu:  # as many for each thread
         threads = torch.get_num_threads()
@@ -494,24 +493,21 @@ class _Group:
         self,
         bank: _Bank,
         protocol: Protocol,
-        layers: list[int],
-        matrix: Tensor | None,
         memory: float,
         trials: list[Trial],
     ):
-        self.bank, self.protocol, self.layers, self.matrix = bank, protocol, layers, matrix
+        self.bank, self.protocol = bank, protocol
         self.trials = sorted(trials, key=lambda trial: -self._batches(trial))
         self.valid = {
             id(trial): bank.kept_blocks(
-                bank.scale_of(trial), trial.rows.valid, memory / len(self.trials)
+                bank.scale_of(trial), trial.rows.valid, memory / 2 / len(self.trials)
             )
             for trial in self.trials
         }
+        self.train_rows = None  # or, where they fit, the training clips of each trial
+        if bank.train_bytes(self.trials) <= memory / 2:
+            self.train_rows = {id(trial): bank.train_matrix(trial) for trial in self.trials}
         self.buffers: dict[str, Tensor] = {}
-        self.mean = self.scale = None
-        if matrix is not None and any(len(t.rows.train) < len(bank.common) for t in self.trials):
-            pairs = [self._relative(trial) for trial in self.trials]
-            self.mean, self.scale = (torch.stack(values) for values in zip(*pairs))
         variants = len(protocol.variants)
         bound = 1 / math.sqrt(bank.dims)  # as torch.nn.Linear begins
         shape = (bank.num_classes, bank.dims + 1)
@@ -536,12 +532,6 @@ class _Group:
 
     def _batches(self, trial: Trial) -> int:
         return -(-len(trial.rows.train) // self._batch_size(trial))
-
-    def _relative(self, trial: Trial) -> tuple[Tensor, Tensor]:
-        """The trial's standardisation on top of the matrix', [C] each: (x - mean) * scale."""
-        own, common = self.bank.scale_of(trial), self.bank.scale(trial.layer, self.bank.common)
-        scale = torch.where(common.scale > 0, own.scale / common.scale, 0.0)
-        return (own.mean - common.mean) * common.scale, scale
 
     def _list_parameters(self) -> None:
         """For each variant, what its optimiser sees: weights, biases and their states by trial."""
@@ -586,7 +576,7 @@ class _Group:
         steps = (
             [part[step] for part in parts if step < len(part)] for step in range(len(parts[0]))
         )
-        for x, y, counts in _ahead(map(self._batch, steps), self.matrix is None):
+        for x, y, counts in _ahead(map(self._batch, steps), self.train_rows is None):
             self._step(x, y, counts)
 
     def _batch(self, rows: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -596,17 +586,12 @@ class _Group:
         padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         places = [trial.rows.train[part] for trial, part in zip(trials, padded.numpy())]
         y = self.bank.targets[torch.from_numpy(np.stack(places)).to(self.bank.device)]
-        if self.matrix is None:
+        if self.train_rows is None:
             x = torch.stack([self._from_disk(*pair) for pair in zip(trials, places)])
         else:
-            clips = self.bank.array.shape[1]
-            index = [
-                place + clips * self.layers.index(trial.layer)
-                for trial, place in zip(trials, places)
-            ]
-            index = torch.from_numpy(np.concatenate(index)).to(self.bank.device)
-            x = self._buffer("rows", self.matrix.dtype, len(index), self.matrix.shape[1])
-            x = torch.index_select(self.matrix, 0, index, out=x).view(*padded.shape, -1)
+            x = self._buffer("rows", self.bank.dtype, *padded.shape, self.bank.dims)
+            for out, trial, part in zip(x, trials, padded.to(self.bank.device)):
+                torch.index_select(self.train_rows[id(trial)], 0, part, out=out)
         return x, y, counts.to(self.bank.device)
 
     def _from_disk(self, trial: Trial, rows: np.ndarray) -> Tensor:
@@ -616,20 +601,11 @@ class _Group:
         return x[torch.from_numpy(place).to(x.device)]
 
     def _step(self, x: Tensor, y: Tensor, counts: Tensor) -> None:
-        """One step of Adam for the first R trials.
-
-        Where the rows x are not standardised as a trial's own training clips are, its weights W
-        see (x - mean) * scale: products are those of x with W * scale, and a bias.
-        """
+        """One step of Adam for the first R trials."""
         count, size = x.shape[:2]
         weight, bias = self.weight[0][:count], self.bias[0][:count, ..., None]
-        used = weight.flatten(1, 2)  # [R, VK, C]
-        if self.scale is not None:
-            mean, scale = self.mean[:count], self.scale[:count, None]
-            used = torch.mul(used, scale, out=self._buffer("used", used.dtype, *used.shape))
-            shift = torch.stack([w @ m for w, m in zip(used, mean)])  # faster than bmm on CPUs
-            bias = bias - shift.view_as(bias)
-        used = self._buffer("cast", x.dtype, *used.shape).copy_(used)
+        used = self._buffer("used", x.dtype, count, *weight.flatten(1, 2).shape[1:])
+        used.copy_(weight.flatten(1, 2))  # [R, VK, C]
         product = torch.bmm(used, x.transpose(1, 2))
         logits = product.view(*weight.shape[:3], size).float() + bias  # [R, V, K, B]
         if self.bank.multilabel:
@@ -642,12 +618,8 @@ class _Group:
         gradient *= (present / counts[:, None])[:, None, None]
         flat = gradient.flatten(1, 2)
         total = flat.sum(-1, keepdim=True)
-        change = torch.bmm(
-            flat.to(x.dtype), x, out=used
-        )  # [R, VK, C] like `used`, which is done with
+        change = torch.bmm(flat.to(x.dtype), x, out=used)  # the weights are done with
         change = self._buffer("change", torch.float32, *change.shape).copy_(change)
-        if self.scale is not None:
-            change.addcmul_(total, mean[:, None], value=-1).mul_(scale)
         pairs = (change.view_as(weight), total.view(weight.shape[:3]))
         for v, variant in enumerate(self.protocol.variants):
             decays = (variant["weight_decay"], 0.0)
@@ -716,10 +688,9 @@ class _Group:
         self.bias = [values[index] for values in self.bias]
         for name in (
             *("best_weight", "best_bias", "best", "best_loss"),
-            *("waited", "epochs", "mean", "scale"),
+            *("waited", "epochs"),
         ):
-            if getattr(self, name) is not None:
-                setattr(self, name, getattr(self, name)[index])
+            setattr(self, name, getattr(self, name)[index])
         self._list_parameters()
 
 
