@@ -61,11 +61,11 @@ class OurStep:
         masks = self.masking(len(spectrogram), device=self.device)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             loss = self.forward(spectrogram, masks).loss
+        self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 3.0, foreach=True)
         self.optimizer.step()
         self.jepa.update_target(rate=0.999)
-        self.optimizer.zero_grad()
         return loss.detach()
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 CHOICES = ("auto", "flash_attn", "sdpa")
 LONGEST_MATMUL_ROW = 128  # tokens: above, the K x K scores outgrow the cache and sdpa wins
+SHORTEST_HALF_SOFTMAX_ROW = 64  # tokens: below, softmax is faster in float32, copies included
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -164,8 +165,8 @@ class _MatmulAttention(torch.autograd.Function):
     """Attention of short rows by batched matrix products, heads as extra rows of the batch.
 
     Written out because autograd of the same lines copies queries, keys and values apart and
-    together again, and keeps the scores from before the softmax. The softmax is float32's: its
-    half-precision kernel falls back to scalars in rows shorter than a vector register.
+    together again, and keeps the scores from before the softmax. Short rows go through float32's
+    softmax: its half-precision kernel works on scalars where a vector register is not filled.
     """
 
     @staticmethod
@@ -203,7 +204,9 @@ class _MatmulAttention(torch.autograd.Function):
 
 
 def _softmax_dtype(scores: Tensor) -> torch.dtype:
-    """float32, or the scores' own where they are finer."""
+    """The scores' own where its kernel is as fast (it sums in float32 either way), else float32."""
+    if scores.shape[-1] >= SHORTEST_HALF_SOFTMAX_ROW:
+        return scores.dtype
     return torch.promote_types(scores.dtype, torch.float32)
 
 

@@ -256,6 +256,10 @@ class JEPABrain(sb.Brain):
             # a loss that is not finite makes every gradient NaN, on every process of a DDP run,
             # and so they all skip the same step
             poison = 0 * loss.detach()
+            if (self.step - 1) % self.grad_accumulation_factor == 0:
+                # not right after the step: memory that is free for a whole forward pass goes back
+                # to the system, and comes again page by page, which costs a tenth of a small step
+                self.optimizer.zero_grad()
             self.scaler.scale(loss / self.grad_accumulation_factor + poison * loss).backward()
         if should_step:
             self.optimizers_step()
@@ -284,7 +288,6 @@ class JEPABrain(sb.Brain):
         else:
             self._count_nonfinite()
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
         self.optimizer_step += 1
         self.interval.stepped(learning_rate=rate, ema_rate=ema_rate, gradient_norm=norm)
 

@@ -86,15 +86,17 @@ def test_backends_equal_a_naive_softmax_loop_in_float32(backend, valid):
         torch.testing.assert_close(our.double(), their, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("length", [7, 70])  # each side of SHORTEST_HALF_SOFTMAX_ROW
 @pytest.mark.parametrize("backend", ["sdpa", "matmul"])
 @ragged_or_not
-def test_backends_equal_a_naive_softmax_loop_in_bfloat16(backend, valid):
+def test_backends_equal_a_naive_softmax_loop_in_bfloat16(backend, valid, length):
     """Scores, weights, output and their gradients are each rounded to bfloat16.
 
     A score s is off by up to 2 |s| u, its weight by as much relatively, plus u for itself and u for
     the output: with |s| around 1, about 4 u. A gradient passes through twice as many roundings.
     """
-    qkv, grad = example(dtype=torch.bfloat16)
+    qkv, grad = example(length=length, dtype=torch.bfloat16)
+    valid = None if valid is None else lengths_to_valid(length, 1, 4, 5, width=length)
     ours = value_and_gradient(lambda x: attend(backend, x, valid), qkv, grad)
     theirs = naive_in_double(qkv, grad, valid)
     assert ours[0].dtype == torch.bfloat16
