@@ -4,12 +4,13 @@
 
 Ten-second files of noise, mono at 16 kHz and stereo at 44.1 kHz, lie in the page cache; one loader
 process reads crops of them, then, in the same run, whole files from which it cuts the crop (what
-plain loaders do). The memory is that of each of two loader processes over a manifest of 2 million
-rows, beside one of 100: resident as the system counts it, shared pages included, and private,
-which is what another process costs.
+plain loaders do), then crops of the same files in a tar shard. The memory is that of each of two
+loader processes over a manifest of 2 million rows, beside one of 100: resident as the system counts
+it, shared pages included, and private, which is what another process costs.
 """
 
 import argparse
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -51,6 +52,14 @@ def write_files(folder: Path, name: str, rate: int, count: int) -> None:
     for number in range(count):
         noise = rng.normal(0, 0.05, (SECONDS * rate, RATES[rate]))
         soundfile.write(folder / f"{number}.{name}", noise, rate, format=kind, subtype=subtype)
+
+
+def packed(folder: Path, shards: Path) -> Path:
+    """A folder with the same files in one tar shard."""
+    shards.mkdir()
+    with tarfile.open(shards / "0.tar", "w") as tar:
+        tar.add(folder, arcname="")
+    return shards
 
 
 def crops_per_second(dataset: CropDataset, seconds: float) -> float:
@@ -106,20 +115,29 @@ def main():
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         print(f"Crops of {args.frames} frames from {SECONDS}-second files, one loader process\n")
-        print("| file | crops/s | whole file first | ratio |\n|---|---|---|---|")
+        print(
+            "| file | crops/s | whole file first | ratio | in a tar shard |\n|---|---|---|---|---|"
+        )
         for rate in RATES:
             for name in FORMATS:
                 folder = root / f"{name}{rate}"
                 write_files(folder, name, rate, args.files)
-                manifest, _ = scan_folder(folder, root / f"{name}{rate}.cache", progress=False)
-                speeds = [
-                    crops_per_second(kind(manifest, folder, args.frames), args.seconds)
-                    for kind in (CropDataset, WholeFiles)
-                ]
+                speeds = []
+                for number, (kind, place) in enumerate(
+                    [
+                        (CropDataset, folder),
+                        (WholeFiles, folder),
+                        (CropDataset, packed(folder, root / f"{name}{rate}.tars")),
+                    ]
+                ):
+                    cache = root / f"{name}{rate}.cache{number}"
+                    manifest, _ = scan_folder(place, cache, progress=False)
+                    dataset = kind(manifest, place, args.frames)
+                    speeds.append(crops_per_second(dataset, args.seconds))
                 channels = "mono" if RATES[rate] == 1 else "stereo"
                 print(
                     f"| {name}, {rate / 1000:g} kHz {channels} | {speeds[0]:.0f} | {speeds[1]:.0f} "
-                    f"| {speeds[0] / speeds[1]:.1f} |",
+                    f"| {speeds[0] / speeds[1]:.1f} | {speeds[2]:.0f} |",
                     flush=True,
                 )
 

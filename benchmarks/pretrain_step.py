@@ -3,11 +3,11 @@
     python benchmarks/pretrain_step.py --size base --batch 64 --precision bf16
 
 A step is all of it: masks, both encoders, predictor, loss, backward, gradient clip, AdamW, EMA.
-The two steps (`OurStep` below, `reference_step.py`) and a matrix product take turns, so that
-whatever else the machine does hits all alike; times are medians of the rounds. GFLOP per clip are
-what FlopCounterMode counts in the reference's step; both rates are taken of that same count, so
-that work we save shows as speed. Ragged masks (multiblock, time) have no plain counterpart: there
-our own step is counted, padding included.
+The two steps (`OurStep` below, `reference_step.py`), each in a process of its own, and a matrix
+product take turns, so that whatever else the machine does hits all alike; times are medians of the
+rounds. GFLOP per clip are what FlopCounterMode counts in the reference's step; both rates are taken
+of that same count, so that work we save shows as speed. Ragged masks (multiblock, time) have no
+plain counterpart: there our own step is counted, padding included.
 """
 
 import argparse
@@ -38,7 +38,7 @@ STRATEGIES = {
 }
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PRODUCT = (2048, 768, 3072)  # the MLP of 2048 tokens of ViT-Base
-WARMUP_STEPS = 2
+WARMUP_STEPS = 3
 
 
 class OurStep:
@@ -101,22 +101,47 @@ def count_flops(step, batch) -> int:
     return counter.get_total_flops()
 
 
-def peak_memory(which: str, args) -> int:
-    """Bytes a process of its own takes at most for a few steps (CUDA: on the device)."""
-    step, batch = build(which, args)
-    for _ in range(WARMUP_STEPS + 1):
-        step(batch)
-    if args.device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-
-
 def seconds(work, device: str) -> float:
     start = time.perf_counter()
     work()
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def serve(which: str, args, pipe) -> None:
+    """A process that answers with its peak memory and FLOPs, then takes a step when told to."""
+    step, batch = build(which, args)
+    for _ in range(WARMUP_STEPS):
+        step(batch)
+    if args.device == "cuda":
+        memory = torch.cuda.max_memory_allocated()
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    pipe.send(memory)
+    pipe.send(count_flops(step, batch) if which == args.counted else None)
+    while pipe.recv():
+        pipe.send(seconds(lambda: step(batch), args.device))
+
+
+class Process:
+    """One of the steps, in a process of its own: neither sees the other's freed memory."""
+
+    def __init__(self, which: str, args):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=serve, args=(which, args, other), daemon=True)
+        self.process.start()
+        self.memory = self.pipe.recv()
+        self.flops = self.pipe.recv()
+
+    def seconds(self) -> float:
+        self.pipe.send(True)
+        return self.pipe.recv()
+
+    def end(self) -> None:
+        self.pipe.send(False)
+        self.process.join()
 
 
 def matrix_product(args):
@@ -148,22 +173,16 @@ def parse_arguments():
 def main():
     args = parse_arguments()
     names = ["ours", "reference"] if args.strategy == "unstructured" else ["ours"]
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        memory = {name: pool.apply(peak_memory, (name, args)) for name in names}
-    steps = {name: build(name, args) for name in names}
-    flops = count_flops(*steps[names[-1]])
+    args.counted = names[-1]
+    steps = {name: Process(name, args) for name in names}
+    flops = steps[args.counted].flops
     product, product_flops = matrix_product(args)
-    work = {
-        name: lambda step=step, batch=batch: step(batch) for name, (step, batch) in steps.items()
-    }
-    work["product"] = product
-    for _ in range(WARMUP_STEPS):
-        for run in work.values():
-            seconds(run, args.device)
-    rounds = [
-        {name: seconds(run, args.device) for name, run in work.items()} for _ in range(args.repeats)
-    ]
-    median = {name: statistics.median(times[name] for times in rounds) for name in work}
+    turns = {name: step.seconds for name, step in steps.items()}
+    turns["product"] = lambda: seconds(product, args.device)
+    rounds = [{name: turn() for name, turn in turns.items()} for _ in range(1 + args.repeats)][1:]
+    for step in steps.values():
+        step.end()
+    median = {name: statistics.median(times[name] for times in rounds) for name in turns}
     peak = product_flops / median["product"]
 
     compiled = ", compiled" if args.compile else ""
@@ -180,7 +199,7 @@ def main():
         rate = flops / median[name]
         print(
             f"| {name} | {args.batch / median[name]:.4g} | {rate / 1e9:.0f} | {rate / peak:.2f} "
-            f"| {memory[name] / 1e9:.2f} |"
+            f"| {steps[name].memory / 1e9:.2f} |"
         )
     if "reference" in names:
         ratios = sorted(times["reference"] / times["ours"] for times in rounds)

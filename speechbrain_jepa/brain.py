@@ -249,6 +249,7 @@ class JEPABrain(sb.Brain):
         self.interval.batch_arrived()
         self._report_skipped(batch)
         should_step = self.step % self.grad_accumulation_factor == 0
+        self.on_fit_batch_start(batch, should_step)
         with self.no_sync(not should_step):
             with self.training_ctx:
                 output = self.compute_forward(batch, sb.Stage.TRAIN)
@@ -263,6 +264,7 @@ class JEPABrain(sb.Brain):
             self.scaler.scale(loss / self.grad_accumulation_factor + poison * loss).backward()
         if should_step:
             self.optimizers_step()
+        self.on_fit_batch_end(batch, output, loss, should_step)
         loss = loss.detach().float().cpu()
         self.interval.batch_done(len(batch), loss.item())
         if should_step and self.optimizer_step % self.hparams.log_interval == 0:

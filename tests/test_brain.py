@@ -148,6 +148,22 @@ def test_accumulated_batches_weigh_as_much_as_one_large_batch(make_brain, loader
     assert float(rows(tmp_path)[0]["train_learning_rate"]) == pytest.approx(1e-3 * 12 / 256)
 
 
+def test_hooks_around_a_batch_are_called_as_in_speechbrain(make_brain, loaders, monkeypatch):
+    calls = []
+    brain = make_brain(run_opts={"grad_accumulation_factor": 2, "optimizer_step_limit": 1})
+    monkeypatch.setattr(brain, "on_fit_batch_start", lambda *args: calls.append(("start", *args)))
+    monkeypatch.setattr(brain, "on_fit_batch_end", lambda *args: calls.append(("end", *args)))
+    brain.fit(brain.counter, *loaders)
+    assert [(name, len(batch), rest[-1]) for name, batch, *rest in calls] == [
+        ("start", CLIPS, False),
+        ("end", CLIPS, False),
+        ("start", CLIPS, True),
+        ("end", CLIPS, True),
+    ]
+    _, _, output, loss, _ = calls[-1]
+    assert loss is output.loss
+
+
 def test_a_collapse_is_said_loudly(make_brain, loaders, caplog):
     train, valid = loaders
     brain = make_brain(epochs=2)

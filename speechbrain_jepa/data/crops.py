@@ -19,6 +19,7 @@ from speechbrain.dataio import audio_io
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from speechbrain_jepa.data import shards
 from speechbrain_jepa.data.manifest import Manifest
 from speechbrain_jepa.features import HOP_LENGTH, N_FFT, SAMPLE_RATE, crop_samples, num_frames
 
@@ -102,10 +103,10 @@ def _quiet_decoder(path: str):
 def _read_mono(path: str, start: int, stop: int, sample_rate: int) -> np.ndarray:
     """Samples start to stop of a file at its own rate, channels averaged."""
     try:
-        with _quiet_decoder(path):
+        with _quiet_decoder(path), shards.audio_source(path) as source:
             # 0.02 ms slower than soundfile itself, of 0.3 ms at least
             wav, rate = audio_io.load(
-                os.fsencode(path),  # soundfile refuses names that are not UTF-8
+                source,
                 frame_offset=start,
                 num_frames=stop - start,
                 dtype=torch.float32,
@@ -350,7 +351,7 @@ class CropDataset(Dataset):
         rate, length = int(manifest.sample_rate[item]), int(manifest.length[item])
         room = num_frames(resampled_length(length, rate)) - self.crop_frames
         first = int(random.integers(room + 1)) if room > 0 else 0
-        path = os.path.join(self.data_folder, manifest.path(item))
+        path = shards.join(self.data_folder, manifest.path(item))
         return read_crop(path, first, self.crop_frames, rate, int(manifest.start[item]), length)
 
 

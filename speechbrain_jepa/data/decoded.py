@@ -7,6 +7,7 @@ from pathlib import Path
 import soundfile
 from tqdm import tqdm
 
+from speechbrain_jepa.data import shards
 from speechbrain_jepa.data.crops import UnreadableAudio, read_segment
 from speechbrain_jepa.data.manifest import Manifest, SkippedFiles
 from speechbrain_jepa.features import SAMPLE_RATE
@@ -65,10 +66,10 @@ def decode_once(
 
     def decode(item: int):
         path = manifest.path(item)
-        source = os.path.abspath(os.path.join(data_folder or "", path))
+        source = shards.join(data_folder or "", path)
         rate, start = int(manifest.sample_rate[item]), int(manifest.start[item])
         length, changed = int(manifest.length[item]), int(manifest.mtime_ns[item])
-        out = folder / f"{source.lstrip(os.sep)}@{start}+{length}.wav"
+        out = folder / f"{os.path.abspath(source).lstrip(os.sep)}@{start}+{length}.wav"
         if not out.exists() or out.stat().st_mtime_ns != changed:
             try:
                 wav = read_segment(source, rate, start, length)

@@ -19,13 +19,16 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
+from speechbrain_jepa.data import shards
+from speechbrain_jepa.data.shards import ShardMember, audio_source
+
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 LOWEST_RATE = 1_000  # Hz; a slower signal is no audio
 ARRAYS = (
     *("path_bytes", "path_ends", "start", "length"),
-    *("sample_rate", "total", "size", "mtime_ns"),
+    *("sample_rate", "total", "offset", "size", "mtime_ns"),
 )
 # what libsndfile opens, and the other names under which such files go around
 EXTENSIONS = frozenset(
@@ -51,8 +54,12 @@ class Manifest:
         The segment, in samples at the file's own rate.
     sample_rate : array [N], int32
         Hz.
-    total, size, mtime_ns : array [N], int64
-        Samples, bytes and modification time of the file when it was scanned.
+    total : array [N], int64
+        Samples of the file when it was scanned.
+    offset : array [N], int64
+        Where the bytes of a member of a tar shard begin; 0 for a file of its own.
+    size, mtime_ns : array [N], int64
+        Bytes, and modification time (a member's is its shard's).
 
     Example
     -------
@@ -67,6 +74,7 @@ class Manifest:
     length: np.ndarray
     sample_rate: np.ndarray
     total: np.ndarray
+    offset: np.ndarray
     size: np.ndarray
     mtime_ns: np.ndarray
 
@@ -74,6 +82,7 @@ class Manifest:
     def from_rows(rows) -> "Manifest":
         """From (path, start, length, sample_rate, total, size, mtime_ns) for each."""
         paths = [os.fsencode(row[0]) for row in rows]
+        offsets = [row[0].offset if isinstance(row[0], ShardMember) else 0 for row in rows]
         columns = np.array([row[1:] for row in rows], np.int64).reshape(-1, 6).T
         return Manifest(
             np.frombuffer(b"".join(paths), np.uint8),
@@ -82,6 +91,7 @@ class Manifest:
             columns[1].copy(),
             columns[2].astype(np.int32),
             columns[3].copy(),
+            np.array(offsets, np.int64),
             columns[4].copy(),
             columns[5].copy(),
         )
@@ -90,9 +100,11 @@ class Manifest:
         return len(self.length)
 
     def path(self, item: int) -> str:
-        """The path of segment `item`, as it was found."""
+        """The path of segment `item`, as it was found (a `ShardMember` inside a tar shard)."""
         begin = int(self.path_ends[item - 1]) if item else 0
-        return os.fsdecode(self.path_bytes[begin : self.path_ends[item]].tobytes())
+        path = os.fsdecode(self.path_bytes[begin : self.path_ends[item]].tobytes())
+        offset = int(self.offset[item])
+        return ShardMember(path, offset, int(self.size[item])) if offset else path
 
     @property
     def seconds(self) -> np.ndarray:
@@ -199,7 +211,9 @@ class SkippedFiles:
             self._bytes_read = size
 
 
-def list_audio(folder: str) -> tuple[list[tuple[str, int, int]], list[tuple[str, str]]]:
+def list_audio(
+    folder: str, extensions: frozenset[str] = EXTENSIONS
+) -> tuple[list[tuple[str, int, int]], list[tuple[str, str]]]:
     """Every audio file below a folder (relative path, size, modification time), sorted; and what
     could not be looked at (relative path, reason). What is hidden is passed over."""
     found, unreadable = [], []
@@ -225,7 +239,7 @@ def list_audio(folder: str) -> tuple[list[tuple[str, int, int]], list[tuple[str,
             try:
                 if entry.is_dir():
                     (links if entry.is_symlink() else pending).append(entry.path)
-                elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
+                elif os.path.splitext(entry.name)[1].lower() in extensions:
                     stat = entry.stat()
                     found.append((path, stat.st_size, stat.st_mtime_ns))
             except OSError as error:  # a link to nowhere, or to itself
@@ -253,7 +267,7 @@ def scan_folder(
     num_threads: int = 16,
     progress: bool = True,
 ) -> tuple[Manifest, SkippedFiles]:
-    """Find the audio files below a folder and read their headers.
+    """Find the audio files below a folder, those inside tar shards too, and read their headers.
 
     The manifest is kept in `cache_folder`; the next scan reads only the headers of files that are
     new or changed (by size and modification time). Hidden files and folders are passed over, linked
@@ -264,7 +278,7 @@ def scan_folder(
     ---------
     data_folder : str or path
         Wav, flac, ogg, opus, mp3, aiff and whatever else libsndfile reads, at any sample rate and
-        any number of channels, in any tree of folders.
+        any number of channels, in any tree of folders and uncompressed tars.
     cache_folder : str or path
     min_seconds : float
         Shorter files are skipped. Default 0.2.
@@ -295,11 +309,12 @@ def scan_folder(
     if not data_folder.is_dir():
         raise NotADirectoryError(f"data_folder={data_folder} is not a folder")
     _check_writable(cache_folder)
-    found, unreadable = list_audio(os.fspath(data_folder))
+    extensions = EXTENSIONS | {shards.EXTENSION}
+    found, unreadable = list_audio(os.fspath(data_folder), extensions)
     if not found:
         raise ValueError(
             f"no audio file below data_folder={data_folder}: looked for names ending in "
-            f"{' '.join(sorted(EXTENSIONS))}"
+            f"{' '.join(sorted(extensions))}"
         )
     entries = [(path, 0, None, size, mtime) for path, size, mtime in found]
     return _manifest_of(
@@ -429,6 +444,7 @@ def _manifest_of(
         )
         return manifest, skipped
 
+    entries, broken_shards = _open_shards(entries, root)
     headers = {}
     if before.get("source") == source and before.get("format_version") == FORMAT_VERSION:
         headers = Manifest.load(cache_folder).headers()
@@ -436,7 +452,7 @@ def _manifest_of(
     files = {(path, size, mtime) for path, _, _, size, mtime in entries}
     headers.update(read_headers(sorted(files - headers.keys()), root, num_threads, progress))
 
-    rows, reasons = [], list(unreadable)
+    rows, reasons = [], [*unreadable, *broken_shards]
     for path, start, stop, size, mtime in entries:
         header = headers[path, size, mtime]
         if isinstance(header, str):
@@ -453,8 +469,8 @@ def _manifest_of(
     _write_skipped(skipped.path, reasons)
     if not rows:
         raise ValueError(
-            f"none of the {len(files)} audio files of {source} can be used: the reasons are in "
-            f"{skipped.path}"
+            f"none of the {len(files) + len(broken_shards)} audio files of {source} can be used: "
+            f"the reasons are in {skipped.path}"
         )
     state_file.unlink(missing_ok=True)  # a scan killed while it saves is done again
     Manifest.from_rows(rows).save(cache_folder)
@@ -470,6 +486,26 @@ def _manifest_of(
         skipped.path,
     )
     return manifest, skipped
+
+
+def _open_shards(entries, root: Path):
+    """The entries with the audio in each tar shard in its place; and what is wrong with shards."""
+    opened, problems, num_shards, num_members = [], [], 0, 0
+    for entry in entries:
+        path, _, _, _, mtime = entry
+        if os.path.splitext(path)[1].lower() != shards.EXTENSION:
+            opened.append(entry)
+            continue
+        members, problem = shards.list_members(os.path.join(root, path), EXTENSIONS)
+        num_shards, num_members = num_shards + 1, num_members + len(members)
+        if problem or not members:
+            problems.append((path, problem or "holds no audio file"))
+        for name, (offset, size) in members.items():
+            member = ShardMember(f"{path}{shards.SEPARATOR}{name}", offset, size)
+            opened.append((member, 0, None, size, mtime))
+    if num_shards:
+        logger.info("%d audio files in %d tar shards, read in place", num_members, num_shards)
+    return opened, problems
 
 
 def _write_skipped(path: Path, lines: list[tuple[str, str]]) -> None:
@@ -507,14 +543,14 @@ def _read_header(path: str, size: int) -> tuple[int, int] | str:
     if size == 0:
         return "empty"
     try:
-        # as bytes: soundfile refuses names that are not UTF-8
-        info = soundfile.info(os.fsencode(path))
+        with audio_source(path) as source:
+            info = soundfile.info(source)
         if info.samplerate < LOWEST_RATE:
             return f"not audio: {info.samplerate} Hz, below {LOWEST_RATE} Hz"
         return _truncation(info.extra_info) or (info.frames, info.samplerate)
     except Exception as error:  # one bad file never stops a scan of two million
         try:
-            with open(path, "rb"):
+            with path.open() if isinstance(path, ShardMember) else open(path, "rb"):
                 reason = getattr(error, "error_string", str(error))
         except OSError as system_error:  # libsndfile says "System error" only
             reason = system_error.strerror
@@ -525,7 +561,7 @@ def read_headers(files, root: Path, num_threads: int, progress: bool) -> dict:
     """Samples and sample rate, or what is wrong, by (path below `root`, size, mtime_ns)."""
 
     def read(file):
-        return _read_header(os.path.join(root, file[0]), file[1])
+        return _read_header(shards.join(root, file[0]), file[1])
 
     with ThreadPoolExecutor(num_threads) as pool:
         # in chunks: a pool given two million tasks at once holds as many futures
@@ -605,7 +641,7 @@ def split_held_out(
         enough = number >= wanted and len(held_out) >= min_valid
         if enough or len(held_out) == len(files) - 1:
             break
-        if data_folder is None or _decodes(os.path.join(data_folder, manifest.path(item))):
+        if data_folder is None or _decodes(shards.join(data_folder, manifest.path(item))):
             held_out.append(file)
     if not held_out:
         raise ValueError(f"none of the {len(files)} files below {data_folder} can be decoded")
@@ -615,7 +651,7 @@ def split_held_out(
 
 def _decodes(path: str) -> bool:
     try:
-        with soundfile.SoundFile(os.fsencode(path)) as file:
+        with audio_source(path) as source, soundfile.SoundFile(source) as file:
             frames = 0
             for block in file.blocks(blocksize=2**16, dtype="float32"):
                 frames += len(block)

@@ -1,0 +1,122 @@
+"""Audio inside tar shards (WebDataset's layout), read in place like any other file.
+
+An uncompressed tar holds each file as one run of bytes. The scan notes where each begins, and crops
+are decoded from there: nothing is unpacked, and order, crops and resuming are those of a folder.
+"""
+
+import contextlib
+import io
+import os
+import tarfile
+
+EXTENSION = ".tar"
+SEPARATOR = "::"  # between the path of the shard and the name inside
+
+
+class ShardMember(str):
+    """The path of a file in a shard, `folder/shard.tar::name`, that knows where its bytes are.
+
+    Arguments
+    ---------
+    path : str
+    offset, size : int
+        In bytes.
+
+    Example
+    -------
+    >>> shard = getfixture("tmp_path") / "a.tar"
+    >>> _ = shard.write_bytes(b"head" + b"audio" + b"tail")
+    >>> with ShardMember(f"{shard}::a.flac", offset=4, size=5).open() as file:
+    ...     file.read()
+    b'audio'
+    """
+
+    def __new__(cls, path: str, offset: int, size: int):
+        member = super().__new__(cls, path)
+        member.offset, member.size = offset, size
+        return member
+
+    def __getnewargs__(self):
+        return str(self), self.offset, self.size
+
+    @property
+    def shard(self) -> str:
+        """Path of the tar."""
+        return self[: self.index(EXTENSION + SEPARATOR) + len(EXTENSION)]
+
+    def open(self) -> io.BufferedReader:
+        """The member's bytes, as a seekable file."""
+        return io.BufferedReader(_Part(self.shard, self.offset, self.size))
+
+
+class _Part(io.RawIOBase):
+    """Some bytes of a file, as a file."""
+
+    def __init__(self, path: str, offset: int, size: int):
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (see close)
+        self._offset, self._size, self._place = offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, place: int, whence: int = os.SEEK_SET) -> int:
+        begin = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
+        self._place = max(begin + place, 0)
+        return self._place
+
+    def readinto(self, buffer) -> int:
+        wanted = max(min(len(buffer), self._size - self._place), 0)
+        self._file.seek(self._offset + self._place)
+        read = self._file.readinto(memoryview(buffer)[:wanted])
+        self._place += read
+        return read
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+
+def list_members(shard: str, extensions) -> tuple[dict[str, tuple[int, int]], str | None]:
+    """The files in a tar whose names end in one of the extensions: {name: (offset, size)}, and what
+    is wrong with the tar, if something is. What is hidden or climbs (`..`) is passed over."""
+    members, problem = {}, None
+    try:
+        end = os.path.getsize(shard)
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                tar.members = []  # tarfile keeps them all otherwise
+                name = member.name.removeprefix("./")
+                if not member.isreg() or member.issparse():
+                    continue
+                if any(part.startswith(".") for part in name.split("/")):
+                    continue
+                if os.path.splitext(name)[1].lower() not in extensions:
+                    continue
+                if member.offset_data + member.size > end:
+                    problem = f"truncated: ends inside {name}"
+                else:  # of two of the same name the second counts, as when unpacking
+                    members[name] = member.offset_data, member.size
+    except (OSError, tarfile.TarError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        problem = problem or f"cannot be read as a tar: {' '.join(reason.split())}"
+    return members, problem
+
+
+def join(folder: str | os.PathLike, path: str) -> str:
+    """`os.path.join` that leaves a member of a shard one."""
+    joined = os.path.join(folder, path)
+    return ShardMember(joined, path.offset, path.size) if isinstance(path, ShardMember) else joined
+
+
+@contextlib.contextmanager
+def audio_source(path: str):
+    """What soundfile is given to open: a member's bytes, or the path."""
+    if isinstance(path, ShardMember):
+        with path.open() as file:
+            yield file
+    else:
+        yield os.fsencode(path)  # soundfile refuses names that are not UTF-8
