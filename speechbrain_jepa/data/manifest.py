@@ -343,7 +343,8 @@ def read_csv(
     ---------
     train_csv : str or path
         With the columns ID, duration, wav, and optionally start and stop (in samples). `$data_root`
-        and `{data_root}` in wav stand for `data_folder`.
+        and `{data_root}` in wav stand for `data_folder`. A tar shard in wav without start and stop
+        stands for all audio inside.
     cache_folder, min_seconds, num_threads, progress
         As in `scan_folder`.
     data_folder : str, path, or None
@@ -492,8 +493,9 @@ def _open_shards(entries, root: Path):
     """The entries with the audio in each tar shard in its place; and what is wrong with shards."""
     opened, problems, num_shards, num_members = [], [], 0, 0
     for entry in entries:
-        path, _, _, _, mtime = entry
-        if os.path.splitext(path)[1].lower() != shards.EXTENSION:
+        path, start, stop, _, mtime = entry
+        is_shard = os.path.splitext(path)[1].lower() == shards.EXTENSION
+        if not is_shard or (start, stop) != (0, None):
             opened.append(entry)
             continue
         members, problem = shards.list_members(os.path.join(root, path), EXTENSIONS)

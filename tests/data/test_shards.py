@@ -17,6 +17,7 @@ from speechbrain_jepa.data import (
     CropSampler,
     crop_loader,
     decode_once,
+    read_csv,
     scan_folder,
     split_held_out,
 )
@@ -112,6 +113,22 @@ def test_a_folder_may_hold_shards_and_files(folder, shards, tmp_path):
     assert manifest.seconds.tolist() == [3, 3, 3]
     assert len(skipped) == 0
     batch = CropDataset(manifest, mixed, 64).__getitems__([(0, item) for item in range(3)])
+    assert batch.failures == []
+
+
+def test_a_csv_row_may_name_a_whole_shard_but_no_part_of_one(folder, shards, tmp_path):
+    rows = [
+        "ID,duration,wav,start,stop",
+        f"a,3.0,{folder / '00.wav'},8000,24000",
+        "b,6.0,$data_root/000001.tar,,",
+        "c,6.0,$data_root/000000.tar,8000,24000",
+    ]
+    (tmp_path / "train.csv").write_text("\n".join(rows))
+    manifest, skipped = read_csv(tmp_path / "train.csv", tmp_path, shards, progress=False)
+    names = [str(folder / "00.wav"), "000001.tar::04.aiff", "000001.tar::05.flac"]
+    assert paths(manifest) == names
+    assert lines(skipped)["000000.tar"].startswith("cannot be opened")
+    batch = CropDataset(manifest, shards, 64).__getitems__([(0, item) for item in range(3)])
     assert batch.failures == []
 
 
