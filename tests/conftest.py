@@ -1,5 +1,8 @@
 """Small real audio for every test that needs files."""
 
+import shutil
+import subprocess
+
 import numpy as np
 import pytest
 import soundfile
@@ -24,3 +27,15 @@ def audio_folder(tmp_path_factory):
         wav = 0.3 * tone + 0.01 * rng.standard_normal(len(time))
         soundfile.write(folder / f"tone_{number:02d}.flac", wav, 16_000)
     return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of 1 MiB of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no disk can be mounted here: needs root")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)

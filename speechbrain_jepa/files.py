@@ -1,0 +1,264 @@
+"""Writing that survives kills, full disks and a second process in the same folder."""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import filelock
+
+LOCK = ".lock"
+HOLDER = ".lock-holder.json"  # who has it, for the message of those who do not get it
+PARTIAL = ".partial-"  # how the names of unfinished files and folders begin
+FULL = (errno.ENOSPC, errno.EDQUOT)
+LOW = 2**20  # bytes: a disk with less left is full, whatever the error that was raised says
+CHILDREN_SECONDS = 30.0  # for the children of a killed process to end
+
+
+class FolderInUse(RuntimeError):
+    """Another process holds the lock of a folder."""
+
+
+def partial_path(path: str | os.PathLike) -> Path:
+    """A name beside `path`, on the same disk, that nobody else uses. It keeps the suffix.
+
+    Example
+    -------
+    >>> partial_path("folder/features.npy").match("folder/.partial-*.npy")
+    True
+    """
+    path = Path(path)
+    return path.with_name(f"{PARTIAL}{uuid.uuid4().hex[:12]}{path.suffix[:32]}")
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[Path]:
+    """Write a file under another name; it appears as `path` when it is complete and on the disk.
+
+    What was there before stays until then. If writing fails, the unfinished file is removed.
+
+    Arguments
+    ---------
+    path : str or path
+        Its folder exists.
+
+    Yields
+    ------
+    Path
+        Where to write: in the same folder, with the same suffix.
+
+    Raises
+    ------
+    OSError
+        If the disk is full: the message names it (`full_disk_named`).
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "state.json"
+    >>> with whole_file(path) as partial:
+    ...     _ = partial.write_text("{}")
+    >>> path.read_text(), len(list(path.parent.iterdir()))
+    ('{}', 1)
+    """
+    path = Path(path)
+    partial = partial_path(path)
+    try:
+        with full_disk_named(path.parent):
+            yield partial
+            sync(partial)
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text file in UTF-8, whole or not at all (`whole_file`)."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def sync(path: str | os.PathLike) -> None:
+    """Wait until what was written to a file is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def allocate(path: str | os.PathLike, size: int) -> None:
+    """Make a file of `size` bytes, all of which the disk has for it.
+
+    A memory map of a file with holes ends the process with SIGBUS when the disk is full.
+
+    Raises
+    ------
+    OSError
+        If the disk has not that much left; the file is then removed again.
+    """
+    with full_disk_named(Path(path).parent, size), open(path, "wb") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, max(size, 1))
+            file.truncate(size)
+        except OSError:
+            os.unlink(path)
+            raise
+
+
+@contextlib.contextmanager
+def full_disk_named(folder: str | os.PathLike, needed: int | None = None) -> Iterator[None]:
+    """Turn whatever a library says when the disk is full into one sentence that names the disk.
+
+    torch.save reports "unexpected pos" and libsndfile "System error", so beside the error's number
+    the space left on the disk is looked at.
+
+    Arguments
+    ---------
+    folder : str or path
+        Where is written to.
+    needed : int or None
+        Bytes, if they are known.
+
+    Raises
+    ------
+    OSError
+        With errno ENOSPC, in place of an OSError or RuntimeError that a full disk caused.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        try:
+            left = shutil.disk_usage(folder).free
+        except OSError:
+            raise error from None
+        is_write_error = not isinstance(error, OSError) or error.errno in (None, errno.EIO)
+        if getattr(error, "errno", None) in FULL or (is_write_error and left < LOW):
+            wanted = "" if needed is None else f", {needed / 2**20:.1f} MiB needed"
+            raise OSError(
+                errno.ENOSPC,
+                f"the disk of {os.path.abspath(folder)} is full ({left / 2**20:.1f} MiB left"
+                f"{wanted}): free some space, or name a folder on another disk",
+            ) from error
+        raise
+
+
+def remove_partials(folder: str | os.PathLike) -> list[Path]:
+    """Remove what killed processes left unfinished in a folder; the lock of the folder is held.
+
+    Returns
+    -------
+    list of Path
+        What was removed.
+
+    Example
+    -------
+    >>> folder = getfixture("tmp_path")
+    >>> _ = partial_path(folder / "a.npy").write_bytes(b"half")
+    >>> len(remove_partials(folder)), list(folder.iterdir())
+    (1, [])
+    """
+    leftovers = sorted(Path(folder).glob(f"{PARTIAL}*"))
+    for leftover in leftovers:
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+    return leftovers
+
+
+@contextlib.contextmanager
+def folder_lock(folder: str | os.PathLike, fix: str, wait: float = 0.0) -> Iterator[None]:
+    """Hold a folder for this process alone, and remove what killed ones left unfinished in it.
+
+    The lock goes with the process, however it ends. If the holder was killed, its children
+    (loader processes) are given some seconds to notice.
+
+    Arguments
+    ---------
+    folder : str or path
+        Made if need be.
+    fix : str
+        Ends the message: what to do instead of waiting.
+    wait : float
+        Seconds to wait for another process to finish. Default 0.
+
+    Raises
+    ------
+    FolderInUse
+        If another process holds it: the message says which, since when, and `fix`.
+
+    Example
+    -------
+    >>> folder = getfixture("tmp_path") / "cache"
+    >>> with folder_lock(folder, fix="name another --cache_folder"):
+    ...     folder.is_dir()
+    True
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, holder_file = filelock.FileLock(folder / LOCK), folder / HOLDER
+    began = time.monotonic()
+    while True:
+        try:
+            lock.acquire(timeout=0)
+            break
+        except filelock.Timeout:
+            holder = _read_holder(holder_file)
+            patience = wait if _is_running(holder) else max(wait, CHILDREN_SECONDS)
+            if time.monotonic() - began >= patience:
+                raise FolderInUse(f"{folder} is in use by {_named(holder)}: {fix}") from None
+            time.sleep(0.1)
+    try:
+        remove_partials(folder)
+        write_text(holder_file, json.dumps(_this_process()))
+        yield
+    finally:
+        holder_file.unlink(missing_ok=True)
+        lock.release()
+
+
+def _this_process() -> dict:
+    return {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "command": " ".join(sys.argv)[:500],
+    }
+
+
+def _read_holder(path: Path) -> dict:
+    """Who wrote the holder file; empty in the moment before it is written."""
+    try:
+        holder = json.loads(path.read_text(encoding="utf-8"))
+        return holder if isinstance(holder, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _is_running(holder: dict) -> bool:
+    """Whether the holder is a process that may still be at work."""
+    if holder.get("host") != socket.gethostname():
+        return bool(holder)  # another machine's processes cannot be looked up
+    try:
+        os.kill(int(holder["pid"]), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _named(holder: dict) -> str:
+    if not holder:
+        return "another process"
+    return (
+        f"process {holder.get('pid')} on {holder.get('host')} "
+        f"since {holder.get('since')} ({holder.get('command')})"
+    )
