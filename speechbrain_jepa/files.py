@@ -217,7 +217,8 @@ def folder_lock(folder: str | os.PathLike, fix: str, wait: float = 0.0) -> Itera
             time.sleep(0.1)
     try:
         remove_partials(folder)
-        write_text(holder_file, json.dumps(_this_process()))
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without its holder's name
+            write_text(holder_file, json.dumps(_this_process()))
         yield
     finally:
         holder_file.unlink(missing_ok=True)

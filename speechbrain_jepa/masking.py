@@ -101,6 +101,7 @@ class UnstructuredMasking:
     """
 
     def __init__(self, grid: PatchGrid, target_share: float = 0.6):
+        self.target_share = target_share
         self.num_patches = grid.num_patches
         self.num_context = round((1 - target_share) * self.num_patches)
         if not 0 < self.num_context < self.num_patches:
@@ -248,13 +249,15 @@ class MultiBlockMasking(_BlockMasking):
         for name, (low, high) in {"target": target_aspect, "context": context_aspect}.items():
             if not 0 < low <= high:
                 raise ValueError(f"{name}_aspect={(low, high)}: needs 0 < low <= high")
-        self.aspect = {"target": target_aspect, "context": context_aspect}
+        self.target_aspect = target_aspect
+        self.context_aspect = context_aspect
         super().__init__(grid, num_targets, target_share, context_share, min_context_patches)
 
     def _draw_blocks(self, blocks, share, uniform, role):
         rows, columns = self.grid.frequency_patches, self.grid.time_patches
         area = uniform(*share, blocks) * self.grid.num_patches
-        aspect = uniform(*self.aspect[role], blocks)
+        aspect = self.target_aspect if role == "target" else self.context_aspect
+        aspect = uniform(*aspect, blocks)
         height = (area * aspect).sqrt().clamp(max=rows)
         width = (area / height).clamp(max=columns)
         height = (area / width).clamp(max=rows)

@@ -225,7 +225,7 @@ def test_a_half_written_checkpoint_is_never_picked(make_brain, loaders, tmp_path
     with pytest.raises(KeyboardInterrupt):
         brain.checkpointer.save_checkpoint()
     monkeypatch.undo()
-    leftovers = list((tmp_path / "save").glob("PARTIAL-*"))
+    leftovers = list((tmp_path / "save").glob(".partial-*"))
     assert len(leftovers) == 1
     assert brain.checkpointer.find_checkpoint().path == whole.path
     brain.checkpointer.save_checkpoint()
