@@ -32,6 +32,7 @@ from speechbrain_jepa.data import (
     Manifest,
     SkippedFiles,
     crop_loader,
+    cut_segments,
     decode_once,
     make_demo_corpus,
     read_csv,
@@ -76,12 +77,15 @@ def prepare_manifests(hparams):
         hparams["valid_share"],
         hparams["max_valid"],
         data_folder=hparams["data_folder"] or "",
+        crop_frames=hparams["crop_frames"],
     )
     cache_folder = Path(hparams["cache_folder"])
     for name, items in zip(("train", "valid"), parts):
         part = manifest.subset(items)
         if hparams["decode_once"]:
             part = decode_once(part, hparams["data_folder"], cache_folder / "decoded", skipped)
+        if name == "valid":
+            part = cut_segments(part, hparams["crop_frames"])
         part.save(cache_folder / name)
 
 

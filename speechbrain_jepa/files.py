@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import logging
 import os
 import shutil
 import socket
@@ -13,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
+
+logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
 HOLDER = ".lock-holder.json"  # who has it, for the message of those who do not get it
@@ -204,7 +207,7 @@ def folder_lock(folder: str | os.PathLike, fix: str, wait: float = 0.0) -> Itera
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     lock, holder_file = filelock.FileLock(folder / LOCK), folder / HOLDER
-    began = time.monotonic()
+    began, has_told = time.monotonic(), False
     while True:
         try:
             lock.acquire(timeout=0)
@@ -214,6 +217,9 @@ def folder_lock(folder: str | os.PathLike, fix: str, wait: float = 0.0) -> Itera
             patience = wait if _is_running(holder) else max(wait, CHILDREN_SECONDS)
             if time.monotonic() - began >= patience:
                 raise FolderInUse(f"{folder} is in use by {_named(holder)}: {fix}") from None
+            if wait and not has_told:
+                logger.info("%s is in use by %s: waiting for it", folder, _named(holder))
+                has_told = True
             time.sleep(0.1)
     try:
         remove_partials(folder)

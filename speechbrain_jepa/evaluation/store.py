@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from speechbrain_jepa.data.clips import BATCH_SECONDS
-from speechbrain_jepa.data.manifest import SkippedFiles
+from speechbrain_jepa.data.skipped import SkippedFiles
 from speechbrain_jepa.evaluation.labelled import LabelledClips, read_fixed
 from speechbrain_jepa.evaluation.sources import Source
 

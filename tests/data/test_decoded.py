@@ -6,7 +6,7 @@ import soundfile
 
 from speechbrain_jepa.data import decode_once, read_csv, scan_folder
 from speechbrain_jepa.data.crops import read_crop
-from speechbrain_jepa.data.manifest import SkippedFiles
+from speechbrain_jepa.data.skipped import SkippedFiles
 
 FRAMES = 64
 

@@ -21,7 +21,7 @@ from speechbrain_jepa.data import (
     scan_folder,
     split_held_out,
 )
-from speechbrain_jepa.data import manifest as manifest_module
+from speechbrain_jepa.data import scan as scan_module
 from speechbrain_jepa.data.shards import ShardMember
 
 KINDS = {  # name: Hz, channels
@@ -147,9 +147,9 @@ def test_headers_are_read_of_new_shards_only(shards, tmp_path, monkeypatch):
     (place / "0.tar").symlink_to(shards / "000000.tar")
     scan(place, tmp_path / "cache")
     (place / "1.tar").symlink_to(shards / "000001.tar")
-    read, original = [], manifest_module.read_headers
+    read, original = [], scan_module.read_headers
     monkeypatch.setattr(
-        manifest_module,
+        scan_module,
         "read_headers",
         lambda files, *rest: (read.extend(name for name, *_ in files), original(files, *rest))[1],
     )

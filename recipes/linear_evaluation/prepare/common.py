@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from speechbrain_jepa.data.manifest import read_headers
+from speechbrain_jepa.data.scan import read_headers
 from speechbrain_jepa.evaluation.labelled import COLUMNS
 
 logger = logging.getLogger(__name__)
