@@ -167,7 +167,7 @@ def test_a_folder_is_replaced_as_a_whole(folder):
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
-@pytest.mark.parametrize("step", ["save_file", "_model_card"])
+@pytest.mark.parametrize("step", ["save_file", "model_card"])
 def test_a_save_that_fails_leaves_the_old_folder_and_nothing_else(step, folder, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("No space left on device")
