@@ -448,7 +448,7 @@ def _check_keys(state, names, left, prefix, unused: tuple[str, ...]) -> None:
     if strange:
         problems.append(
             f"{_listed(strange)} unknown (if no part of the encoder: --ignore "
-            f"{strange[0].removeprefix(prefix)})"
+            f"{strange[0].removeprefix(prefix)[:200]})"
         )
     if problems:
         raise ValueError(f"the encoder would not be the one trained: {'; '.join(problems)}")

@@ -1,8 +1,8 @@
 """Configs and weights that somebody else wrote: compared first, allocated then.
 
-A file may say anything. Shapes are compared on the meta device, before a byte is allocated for
-them, so that a small file cannot ask for more memory than it holds; whatever does not fit is one
-ValueError that names the file and the key.
+A file may say anything. The shapes that a config means are compared with those in the weights'
+header before a byte is allocated for them, so that a small file cannot ask for more memory than it
+holds; whatever does not fit is one ValueError that names the file and the key.
 """
 
 import json
@@ -83,7 +83,7 @@ def read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}): {again}") from error
+        raise ValueError(f"{path} is not JSON ({reason(error)}): {again}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} is a {type(value).__name__}, not the config of an encoder")
     level = [value]
@@ -135,6 +135,11 @@ def checked_encoder(settings: Any) -> tuple[PatchGrid, dict]:
         raise ValueError(
             f"encoder.grid has {grid.num_patches} patches of {sizes['dim']} dims: positions of "
             f"more than {MAX_POSITIONS} values are not built"
+        )
+    if sizes["dim"] % sizes["num_heads"] or sizes["dim"] % 4:
+        raise ValueError(
+            f"encoder.dim={sizes['dim']} is not a multiple of encoder.num_heads="
+            f"{sizes['num_heads']} and of 4"
         )
     if round(sizes["dim"] * sizes["mlp_ratio"]) < 1:
         raise ValueError(f"encoder.mlp_ratio={sizes['mlp_ratio']} leaves no hidden layer")
@@ -196,7 +201,7 @@ def read_safetensors(path: Path) -> Weights:
             dtypes = {name: part.get_dtype() for name, part in parts.items()}
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path} is not a safetensors file, or is damaged ({error}): {again}"
+            f"{path} is not a safetensors file, or is damaged ({reason(error)}): {again}"
         ) from error
     for name, dtype in dtypes.items():
         if dtype not in FLOATS:
@@ -266,31 +271,41 @@ def is_plain(value: Any) -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an error."""
+    """The first line of an error, cut."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return lines[0][:200] if lines else type(error).__name__
 
 
 # Both
 
 
 def encoder_shapes(grid: PatchGrid, sizes: dict) -> dict[str, tuple[int, ...]]:
-    """Shapes of the parameters of an `Encoder`, which is not built.
+    """Names and shapes in the state dict of an `Encoder`, which is not built.
 
     Example
     -------
-    >>> grid, sizes = PatchGrid(), {"dim": 6000, "depth": 900, "num_heads": 100}
+    >>> grid, sizes = PatchGrid(), {"dim": 6000, "depth": 900, "num_heads": 100, "mlp_ratio": 4}
     >>> encoder_shapes(grid, sizes)["blocks.899.mlp.fc1.weight"]
     (24000, 6000)
     """
-    with torch.device("meta"):
-        state = Encoder(grid, **{**sizes, "depth": 1}).state_dict()
-    shapes = {}
-    for name, tensor in state.items():
-        first = "blocks.0."
-        layers = range(sizes["depth"]) if name.startswith(first) else ()
-        names = [f"blocks.{layer}.{name.removeprefix(first)}" for layer in layers] or [name]
-        shapes.update(dict.fromkeys(names, tuple(tensor.shape)))
+    dim, hidden = sizes["dim"], round(sizes["dim"] * sizes["mlp_ratio"])
+    layer = {
+        "norm1": (dim,),
+        "attn.qkv": (3 * dim, dim),
+        "attn.proj": (dim, dim),
+        "norm2": (dim,),
+        "mlp.fc1": (hidden, dim),
+        "mlp.fc2": (dim, hidden),
+    }
+    weights = {"patch_embed": (dim, grid.patch_values), "norm": (dim,)}
+    for number in range(sizes["depth"]):
+        weights |= {f"blocks.{number}.{name}": shape for name, shape in layer.items()}
+    shapes = {f"{name}.weight": shape for name, shape in weights.items()}
+    shapes |= {f"{name}.bias": shape[:1] for name, shape in weights.items()}
+    if sizes.get("class_token"):
+        shapes["class_token"] = (dim,)
+    if sizes.get("stored_positions"):
+        shapes["positions"] = (grid.num_patches, dim)
     return shapes
 
 

@@ -503,6 +503,26 @@ def test_a_checkpoint_that_runs_code_is_refused_unread_unless_unsafe(zipped, tmp
     assert_same_output(encoder, model)
 
 
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_hydras_lists_and_dicts_are_read_without_omegaconf(zipped, tmp_path, monkeypatch):
+    """As the released code leaves them in an optimiser's betas."""
+    omegaconf = pytest.importorskip("omegaconf")
+    model, contents = reference("released-jepa")
+    optimizer = {"lr": 3e-4, "betas": [0.9, 0.95], "fused": True, "name": "adamw", "paths": {}}
+    config = omegaconf.OmegaConf.create({"model": {"optimizer": optimizer}})
+    config.model.optimizer.merge_with({"lr": "${oc.env:HOME}"})
+    contents["optimizer_states"] = [{"param_groups": [dict(config.model.optimizer, lr=1.0)]}]
+    assert (
+        type(contents["optimizer_states"][0]["param_groups"][0]["betas"]).__name__ == "ListConfig"
+    )
+    contents["hyper_parameters"] = config
+    path = tmp_path / "last.ckpt"
+    torch.save(contents, path, _use_new_zipfile_serialization=zipped)
+    monkeypatch.setitem(sys.modules, "omegaconf", None)  # importing it would fail
+    encoder, _, _ = run(path, tmp_path / "out", "released-jepa")
+    assert_same_output(encoder, model)
+
+
 def test_files_that_are_no_checkpoint_are_named(tmp_path):
     path = save(reference("m2d")[1], tmp_path)
     whole = path.read_bytes()
