@@ -1,4 +1,7 @@
-"""Everything computes on the device it was put on, and waits for it only where it must."""
+"""Everything computes on the device it was put on, and waits for it only where it must.
+
+On a stand-in for a GPU always, and on a GPU where there is one.
+"""
 
 import types
 from collections import Counter
@@ -37,9 +40,20 @@ CLIPS = 4
 
 
 @pytest.fixture
-def gpu(monkeypatch):
+def stand_in(monkeypatch):
     with stand_in_gpu(monkeypatch) as gpu:
         yield gpu
+
+
+real = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.fixture(params=["stand-in", pytest.param("real", marks=real)])
+def gpu(request):
+    """Whether the GPU is real."""
+    if request.param == "stand-in":
+        request.getfixturevalue("stand_in")
+    return request.param == "real"
 
 
 def make_encoder(**options):
@@ -64,8 +78,8 @@ def clips(*seconds):
 
 def test_the_stand_in_refuses_what_a_gpu_refuses(gpu):
     x = torch.rand(3, 4, device=DEVICE)
-    assert isinstance(x, OnGPU) and (x @ x.T).device == DEVICE
-    with pytest.raises(RuntimeError, match=r"same device, but aten.add got cuda:0 and cpu"):
+    assert isinstance(x, OnGPU) != gpu and (x @ x.T).device == DEVICE
+    with pytest.raises(RuntimeError, match="all tensors to be on the same device"):
         x + torch.rand(3, 4)
     with pytest.raises(TypeError, match=r"use Tensor\.cpu"):
         np.asarray(x)
@@ -86,13 +100,13 @@ def test_the_stand_in_refuses_what_a_gpu_refuses(gpu):
     ],
 )
 @pytest.mark.parametrize("inference", [True, False])
-def test_the_stand_in_notes_what_the_host_waits_for(gpu, waiting, inference):
+def test_the_stand_in_notes_what_the_host_waits_for(stand_in, waiting, inference):
     with torch.inference_mode(inference):
         x = torch.ones(3, device=DEVICE)
         (x * 2).sum().add_(1)
-        assert gpu.waits == []
+        assert stand_in.waits == []
         waiting(x)
-        assert gpu.waits == ["test_devices.py:<lambda>"]
+        assert stand_in.waits == ["test_devices.py:<lambda>"]
 
 
 # --- pretraining ------------------------------------------------------------------------------
@@ -145,14 +159,18 @@ def train_one_step(brain):
 
 
 def on_host(tensor):
-    return (tensor.host if isinstance(tensor, OnGPU) else tensor).detach()
+    return (tensor.host if isinstance(tensor, OnGPU) else tensor.cpu()).detach()
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_pretraining_step_stays_on_its_device(gpu, tmp_path, strategy):
-    """Loss and every weight after it are those of the same step on the CPU."""
+    """On the stand-in, which draws the CPU's masks, loss and weights are those of the CPU."""
     theirs, ours = (make_brain(tmp_path, strategy, device) for device in ("cpu", DEVICE))
     losses = [train_one_step(brain) for brain in (theirs, ours)]
+    if gpu:
+        assert losses[1].isfinite()
+        assert {parameter.device for parameter in ours.jepa.parameters()} == {DEVICE}
+        return
     torch.testing.assert_close(*losses)
     parameters = dict(theirs.jepa.named_parameters())
     for name, parameter in ours.jepa.named_parameters():
@@ -165,13 +183,13 @@ LOGGED = ["brain.py:optimizers_step", "brain.py:fit_batch"]  # gradient norm and
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_an_unstructured_step_waits_for_the_two_numbers_that_are_logged_only(
-    gpu, tmp_path, precision
+    stand_in, tmp_path, precision
 ):
     brain = make_brain(tmp_path, UnstructuredMasking, DEVICE, precision)
     for _ in range(2):
-        gpu.waits.clear()
+        stand_in.waits.clear()
         train_one_step(brain)
-        assert gpu.waits == LOGGED
+        assert stand_in.waits == LOGGED
 
 
 def flash_attn_func(q, k, v):
@@ -196,7 +214,7 @@ def flash_attn(monkeypatch):
 
 
 @pytest.mark.parametrize("strategy", [MultiBlockMasking, TimeMasking])
-def test_ragged_rows_are_packed_without_asking_the_device(gpu, flash_attn, tmp_path, strategy):
+def test_ragged_rows_are_packed_without_asking_the_device(stand_in, flash_attn, tmp_path, strategy):
     """The host waits for the masks, once a draw and once for their sizes, never for a layer."""
     brain = make_brain(tmp_path, strategy, DEVICE, "bf16")
     backends = []
@@ -204,11 +222,11 @@ def test_ragged_rows_are_packed_without_asking_the_device(gpu, flash_attn, tmp_p
         block = getattr(brain.jepa, name).blocks[0]
         block.register_forward_pre_hook(lambda _, inputs: backends.append(inputs[1]))
     train_one_step(brain)
-    gpu.waits.clear()
+    stand_in.waits.clear()
     backends.clear()
     loss = train_one_step(brain)
     assert [rows.packed for rows in backends] == [True] * 3
-    waits = Counter(gpu.waits)
+    waits = Counter(stand_in.waits)
     assert waits.pop("masking.py:__call__") >= 1  # until every clip has enough context
     assert waits == Counter([*LOGGED, "masking.py:from_maps"])
     assert loss.isfinite()
@@ -240,7 +258,7 @@ def test_rows_pack_the_same_with_a_known_packing(flash_attn, monkeypatch):
 
 
 @pytest.mark.parametrize("class_token", [False, True])
-def test_known_packings_change_nothing_of_a_step(gpu, flash_attn, class_token):
+def test_known_packings_change_nothing_of_a_step(stand_in, flash_attn, class_token):
     jepa = JEPA(
         make_encoder(class_token=class_token),
         Predictor(GRID, encoder_dim=24, dim=24, depth=1, num_heads=3),
@@ -289,6 +307,7 @@ def labelled_folder(folder):
     "options", [{}, {"output_all_hiddens": True, "flat": True, "output_norm": True}]
 )
 def test_audio_jepa_gives_on_a_device_what_it_gives_on_the_cpu(gpu, normalization, options):
+    rtol, atol = (1e-3, 1e-3) if gpu else (1e-4, 1e-5)  # FFTs differ by more than roundoff
     wav, wav_lens = clips(3.0, 0.3, 2.6)  # several windows, and ragged ones
     results = []
     for device in ("cpu", DEVICE):
@@ -303,13 +322,20 @@ def test_audio_jepa_gives_on_a_device_what_it_gives_on_the_cpu(gpu, normalizatio
                 results.append(on_host(out))
     half = len(results) // 2
     for theirs, ours in zip(results[:half], results[half:], strict=True):
-        torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(theirs, ours, rtol=rtol, atol=atol)
 
 
 def test_audio_jepa_of_a_pair_is_where_its_encoder_is_unless_told(gpu):
-    encoder = make_encoder().to(DEVICE)
-    for device, expected in ((None, DEVICE), ("cpu", torch.device("cpu"))):
-        model = AudioJEPA((encoder, Normalization(-7.06, 4.19)), device=device)
+    cpu = torch.device("cpu")
+    for places, told, expected in (
+        ((DEVICE, cpu), None, DEVICE),
+        ((cpu, DEVICE), None, cpu),  # the quickstart's untrained encoders
+        ((DEVICE, DEVICE), "cpu", cpu),
+        ((cpu, cpu), DEVICE, DEVICE),
+    ):
+        parts = (make_encoder(), Normalization(-7.06, 4.19))
+        source = tuple(part.to(place) for part, place in zip(parts, places))
+        model = AudioJEPA(source, device=told)
         tensors = [*model.parameters(), *model.buffers()]
         assert {tensor.device for tensor in tensors} == {expected}
 
@@ -329,16 +355,18 @@ def test_the_online_probe_embeds_where_the_encoder_is(gpu, tmp_path):
         online_probe(make_encoder().to(device), Normalization(-7.06, 4.19).to(device))
         for device in ("cpu", DEVICE)
     ]
-    assert accuracies[0] == accuracies[1] and "labelled_accuracy" in accuracies[0]
+    assert "labelled_accuracy" in accuracies[0]
+    assert gpu or accuracies[0] == accuracies[1]
 
 
 def test_log_mel_statistics_of_a_device_are_those_of_the_cpu(gpu):
     wav, _ = clips(1.0, 1.0)
     expected = logmel_statistics(wav)
-    assert np.array_equal(logmel_statistics(wav.to(DEVICE)), expected)
     log_mel = LogMelSpectrogram().to(DEVICE)
-    for wavs in (wav, wav.to(DEVICE), list(wav.numpy())):
-        assert np.array_equal(logmel_statistics(wavs, log_mel), expected)
+    found = [logmel_statistics(wav.to(DEVICE))]
+    found += [logmel_statistics(x, log_mel) for x in (wav, wav.to(DEVICE), list(wav.numpy()))]
+    for statistics in found:
+        np.testing.assert_allclose(statistics, expected, rtol=1e-3, atol=1e-3 if gpu else 0)
 
 
 @pytest.mark.parametrize(("all_layers", "precision"), [(False, "fp32"), (True, "bf16")])
@@ -359,8 +387,8 @@ def test_sources_compute_on_their_device_and_give_on_the_cpu(
         assert results[-1].device == torch.device("cpu")
         assert len(source.fingerprint()["weights"]) == 16
     # half precision multiplies rows in another order on the two devices' backends
-    tolerance = {} if precision == "fp32" else {"rtol": 0.1, "atol": 0.1}
-    torch.testing.assert_close(*results, **tolerance)
+    tolerance = 0.1 if precision == "bf16" else 1e-3 if gpu else 1e-5
+    torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
 
 
 def test_hear_embeddings_are_on_the_models_device(gpu, pretrained):
