@@ -135,13 +135,16 @@ class JEPA(nn.Module):
                 f"clips: expected ({len(masks)}, {grid.bands}, {grid.frames})"
             )
         targets = self.targets(spectrogram, masks)
-        context = self.context_encoder(spectrogram, masks.context_index, masks.context_valid)
+        context = self.context_encoder(
+            spectrogram, masks.context_index, masks.context_valid, packing=masks.context_packing
+        )
         predictions = self.predictor(
             context,
             masks.context_index,
             masks.target_index,
             masks.context_valid,
             masks.target_valid,
+            masks.joint_packing,
         )
         loss = self.loss(predictions, targets, masks.target_valid)
         return JEPAOutput(loss, predictions, targets, masks.target_valid)
@@ -151,7 +154,9 @@ class JEPA(nn.Module):
         """What the predictor should say: [B, Kt, D], float32, normalised per patch."""
         index = masks.target_index
         if self.target_masking == "audio":
-            targets = self.target_encoder(spectrogram, index, masks.target_valid)
+            targets = self.target_encoder(
+                spectrogram, index, masks.target_valid, packing=masks.target_packing
+            )
         else:
             targets = self.target_encoder(spectrogram)
             targets = targets.gather(1, index[..., None].expand(-1, -1, targets.shape[-1]))

@@ -191,9 +191,37 @@ TABLE = [
 def test_the_backend_follows_choice_device_dtype_and_what_is_installed(
     monkeypatch, choice, device, dtype, length, there, expected
 ):
-    module = types.SimpleNamespace() if there else None
+    module = types.ModuleType("flash_attn.flash_attn_interface") if there else None
     monkeypatch.setattr(attention, "_flash_attn_module", lambda: module)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert choose_backend(choice, device, dtype, row_length=length) == expected
+
+
+FLASH_2, CUTE = attention.FLASH_ATTN
+CAPABILITIES = [(FLASH_2, (7, 5), False), (FLASH_2, (8, 0), True), (FLASH_2, (9, 0), True),
+                (CUTE, (8, 0), False), (CUTE, (8, 9), False), (CUTE, (9, 0), True),
+                (CUTE, (10, 0), True)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "capability", "can_train"), CAPABILITIES)
+def test_flash_attn_serves_only_gpus_that_it_has_a_backward_pass_for(
+    monkeypatch, name, capability, can_train
+):
+    asked = []
+    monkeypatch.setattr(attention, "_flash_attn_module", lambda: types.ModuleType(name))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device: asked.append(device) or capability
+    )
+    device = torch.device("cuda:1")
+    backend = choose_backend("auto", device, torch.bfloat16)
+    assert backend == ("flash_attn" if can_train else "sdpa")
+    assert asked == [device]  # of several GPUs, the one in use
+    if can_train:
+        assert choose_backend("flash_attn", device, torch.bfloat16) == "flash_attn"
+    else:
+        has = ".".join(map(str, capability))
+        with pytest.raises(ValueError, match=f"{name} has no backward .* cuda:1 has {has}: .*auto"):
+            choose_backend("flash_attn", device, torch.bfloat16)
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -203,7 +231,7 @@ def test_the_backend_follows_choice_device_dtype_and_what_is_installed(
 def test_asking_for_flash_attn_where_it_cannot_run_is_a_clear_error(
     monkeypatch, there, device, dtype
 ):
-    module = types.SimpleNamespace() if there else None
+    module = types.ModuleType("flash_attn.flash_attn_interface") if there else None
     monkeypatch.setattr(attention, "_flash_attn_module", lambda: module)
     with pytest.raises(ValueError, match=f"half precision on a CUDA device, got {dtype} on"):
         choose_backend("flash_attn", device, dtype, row_length=65)

@@ -198,7 +198,7 @@ def logmel_statistics(
     wavs : sequence of arrays [samples], or Tensor [n, samples]
         At 16 kHz. Lengths may differ.
     log_mel : LogMelSpectrogram, or None
-        None: a new one.
+        Computes where it is. None: a new one, where the waveforms are.
 
     Returns
     -------
@@ -210,12 +210,13 @@ def logmel_statistics(
     >>> logmel_statistics(torch.randn(2, 16_000)).shape
     (2, 160)
     """
-    log_mel = log_mel or LogMelSpectrogram()
-    rows = []
+    if log_mel is None:
+        log_mel = LogMelSpectrogram().to(getattr(wavs, "device", "cpu"))
+    device, rows = log_mel.window.device, []
     for wav in wavs:
-        spectrogram = log_mel(torch.as_tensor(wav)[None])[0]
+        spectrogram = log_mel(torch.as_tensor(wav).to(device)[None])[0]
         rows.append(torch.cat([spectrogram.mean(1), spectrogram.std(1, correction=0)]))
-    return torch.stack(rows).numpy()
+    return torch.stack(rows).cpu().numpy()
 
 
 def probe(train_x, train_y, test_x, test_y) -> float:

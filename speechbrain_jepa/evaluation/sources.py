@@ -19,6 +19,7 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -73,9 +74,9 @@ class Source:
     @property
     def device(self) -> torch.device:
         """Where it computes."""
-        return next((value.device for value in self.module.state_dict().values()), None) or (
-            torch.device("cpu")
-        )
+        # not of the state dict, where log-mel has nothing
+        tensors = chain(self.module.parameters(), self.module.buffers())
+        return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
     @torch.inference_mode()
     def embed(self, wav: Tensor) -> Tensor:
