@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from speechbrain_jepa.data.clips import BATCH_SECONDS
 from speechbrain_jepa.data.skipped import SkippedFiles
-from speechbrain_jepa.evaluation.labelled import LabelledClips, read_fixed
+from speechbrain_jepa.evaluation.fixed_clips import read_fixed
+from speechbrain_jepa.evaluation.labelled import LabelledClips
 from speechbrain_jepa.evaluation.sources import Source
 
 FORMAT_VERSION = 1

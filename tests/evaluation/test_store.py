@@ -5,24 +5,17 @@ import os
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 
 from speechbrain_jepa.checkpoints import save_pretrained
 from speechbrain_jepa.encoder import AudioJEPA
 from speechbrain_jepa.evaluation import store
-from speechbrain_jepa.evaluation.labelled import (
-    LabelledClips,
-    fixed_length,
-    read_fixed,
-    read_manifest,
-)
+from speechbrain_jepa.evaluation.fixed_clips import read_fixed
+from speechbrain_jepa.evaluation.labelled import LabelledClips
 from speechbrain_jepa.evaluation.sources import load_source
 from speechbrain_jepa.evaluation.store import embed_once
 from speechbrain_jepa.features import Normalization
 from speechbrain_jepa.vit import Encoder, PatchGrid
-
-SPLITS = ["train"] * 5 + ["valid"] + ["test"] * 2
 
 
 def tiny(seed=0):
@@ -37,20 +30,6 @@ def pretrained(tmp_path_factory):
     )
 
 
-@pytest.fixture
-def clips(tmp_path):
-    """Eight clips of noise, 0.5 to 4 s; they are 1 s for the encoder."""
-    rng = np.random.default_rng(0)
-    names = []
-    for number in range(8):
-        names.append(f"{number}.wav")
-        wav = rng.normal(0, 0.02 * (number + 1), 8_000 * (number + 1))
-        soundfile.write(tmp_path / names[-1], wav, 16_000)
-    return LabelledClips(
-        names, [str(tmp_path / name) for name in names], list("abababab"), SPLITS, [None] * 8
-    )
-
-
 def embed(source, clips, folder, **options):
     return embed_once(source, clips, 1.0, folder, num_workers=1, progress=False, **options)
 
@@ -60,86 +39,6 @@ def count_calls(monkeypatch, source):
     original = source.layer_means
     source.layer_means = lambda wav: embedded.append(len(wav)) or original(wav)
     return embedded
-
-
-# -- clips -------------------------------------------------------------------------------------
-
-
-def test_training_clips_are_cropped_anywhere_test_clips_at_the_start(clips):
-    wavs = {
-        row: wav
-        for rows, batch in read_fixed(clips, range(8), 1.0)
-        for row, wav in zip(rows, batch)
-    }
-    whole = [torch.from_numpy(soundfile.read(file, dtype="float32")[0]) for file in clips.files]
-    assert all(len(wav) == 16_000 for wav in wavs.values())
-    assert torch.equal(wavs[7], whole[7][:16_000])
-    assert torch.equal(wavs[0], torch.cat([whole[0], torch.zeros(8_000)]))
-    assert not torch.equal(wavs[4], whole[4][:16_000])
-    starts = {int((whole[4].unfold(0, 100, 1) == wavs[4][:100]).all(1).nonzero()) for _ in range(2)}
-    assert len(starts) == 1 and 0 < starts.pop() <= 24_000
-    other = {r: w for rows, b in read_fixed(clips, [4], 1.0, crop_seed=1) for r, w in zip(rows, b)}
-    assert not torch.equal(other[4], wavs[4])
-
-
-def test_every_crop_that_fits_can_be_drawn():
-    wav = torch.arange(5.0)
-    assert {int(fixed_length(wav, 3, draw)[0]) for draw in (0, 0.4, 0.999)} == {0, 1, 2}
-
-
-def test_clips_of_a_cross_validation_are_cropped_at_the_start(clips):
-    folds = LabelledClips(clips.ids, clips.files, clips.labels, [""] * 8, [0, 1] * 4)
-    ((_, wavs),) = read_fixed(folds, [4], 1.0)
-    assert torch.equal(
-        wavs[0], torch.from_numpy(soundfile.read(clips.files[4], dtype="float32")[0])[:16_000]
-    )
-
-
-def test_divisions_do_not_share_a_clip_and_seeds_draw_other_validation_clips():
-    names = [str(number) for number in range(100)]
-    clips = LabelledClips(names, names, ["a", "b"] * 50, [""] * 100, [i % 5 for i in range(100)])
-    divisions = {seed: clips.divide(seed) for seed in (0, 1)}
-    for rows in divisions[0]:
-        parts = [rows.train, rows.valid, rows.test]
-        assert [len(part) for part in parts] == [72, 8, 20]
-        assert sorted(np.concatenate(parts)) == list(range(100))
-        assert {clips.folds[row] for row in rows.test} == {rows.fold}
-    assert not np.array_equal(divisions[0][0].valid, divisions[1][0].valid)
-    assert np.array_equal(divisions[0][0].test, divisions[1][0].test)
-
-
-def test_a_named_validation_split_is_the_one_that_validates(clips):
-    (rows,) = clips.divide(0, np.array([True] * 7 + [False]))
-    assert (rows.train.tolist(), rows.valid.tolist(), rows.test.tolist()) == (
-        [0, 1, 2, 3, 4],
-        [5],
-        [6],
-    )
-    with pytest.raises(ValueError, match="no valid clip could be used"):
-        clips.divide(0, np.arange(8) != 5)
-
-
-def test_numeric_classes_are_sorted_by_value():
-    clips = LabelledClips(["a"] * 3, ["a"] * 3, ["100", "21", "9"], ["train"] * 3, [None] * 3)
-    assert clips.classes == ["9", "21", "100"] and clips.targets.tolist() == [2, 1, 0]
-
-
-@pytest.mark.parametrize(
-    "rows, message",
-    [
-        ("a,a.wav,1,x,dev,\n", "split 'dev' is none of train, valid, test"),
-        ("a,a.wav,1,x,train,\n", "no row of split test"),
-        ("a,a.wav,1,x,,0\nb,b.wav,1,x,test,\n", "1 of 2 rows have a fold"),
-        ("a,a.wav,1,x,,0\nb,b.wav,1,x,,0\n", "all rows are of fold 0"),
-        ("a,a.wav,1,x,train,\na,b.wav,1,x,test,\n", "'a' occurs twice"),
-        ("", "no rows"),
-    ],
-)
-def test_a_manifest_that_is_none_is_named(rows, message, tmp_path):
-    path = tmp_path / "manifest.csv"
-    path.write_text("ID,wav,duration,label,split,fold\n" + rows)
-    with pytest.raises(ValueError, match=message):
-        read_manifest(path, tmp_path)
 
 
 # -- encoders ----------------------------------------------------------------------------------
@@ -172,7 +71,8 @@ def test_an_untrained_encoder_has_the_shape_of_its_folder_and_weights_of_its_see
 
 
 @pytest.mark.parametrize("name", ["no_such_encoder", "s3prl:no_such_upstream", "hf:no/such"])
-def test_an_encoder_that_is_not_there_is_named_with_what_to_do(name):
+def test_an_encoder_that_is_not_there_is_named_with_what_to_do(name, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
         (ImportError, ValueError, FileNotFoundError), match=r"pip install|there is no|no such"
     ):

@@ -13,7 +13,7 @@ import trees
 from prepare import TASKS, common
 from torchaudio.datasets import gtzan as gtzan_lists
 
-from speechbrain_jepa.evaluation.labelled import read_manifest
+from speechbrain_jepa.evaluation.labelled import read_labelled
 
 # what must not be on both sides of a split, as the file's path tells it
 GROUPS = {
@@ -95,7 +95,7 @@ def test_manifest_holds_every_clip_with_its_label_and_split(tree, prepare, caplo
         assert float(row["duration"]) == pytest.approx(seconds, abs=1e-5)
     assert skipped(manifest) == {}
     assert warnings(caplog) == []
-    clips = read_manifest(manifest, tree.folder, tree.multilabel)
+    clips = read_labelled(manifest, tree.folder, tree.multilabel)["label"]
     assert len(clips) == len(tree.rows)
     assert all(rows.train.size and rows.test.size for rows in clips.divide(seed=0))
 
@@ -505,7 +505,7 @@ def test_custom_takes_folds_and_several_labels(options, tmp_path):
 
     tree = trees.custom(tmp_path / "data", **options)
     manifest = custom.prepare(tree.folder, tmp_path / "save", **tree.options)
-    clips = read_manifest(manifest, tree.folder, tree.multilabel)
+    clips = read_labelled(manifest, tree.folder, tree.multilabel)["label"]
     assert clips.has_folds == ("folds" in options)
     assert clips.classes == (["bright", "high", "low"] if tree.multilabel else ["high", "low"])
 
