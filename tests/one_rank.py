@@ -26,7 +26,7 @@ if __name__ == "__main__":
         init_method=f"file://{folder / 'meeting'}",
         rank=rank,
         world_size=2,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=200),
     )
     for name, broken in RUNS.items():
         output = folder / name

@@ -44,7 +44,7 @@ def together(audio_folder, tmp_path_factory):
     ]
     try:
         for process in processes:
-            said, _ = process.communicate(timeout=100)
+            said, _ = process.communicate(timeout=240)
             assert process.returncode == 0, said
     finally:
         for process in processes:

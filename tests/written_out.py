@@ -123,7 +123,7 @@ def make_brain(
         SmoothL1() if broken is None else Broken(broken),
     )
     with torch.no_grad():  # biases and norms too are worth a weight decay that must not be
-        for parameter in jepa.parameters():
+        for parameter in [*trained(jepa).values(), *jepa.target_encoder.parameters()]:
             parameter += 0.05 * torch.randn_like(parameter)
     counter = EpochCounter(epochs)
     masking = DiaryMasking(grid)
