@@ -93,15 +93,15 @@ def test_rates_follow_the_optimiser_steps_and_the_global_batch(plain):
 
 def test_a_skipped_step_moves_neither_weights_nor_target_nor_moments(make_loaders, tmp_path):
     """One batch of a step is enough, the first or the last; the batches left over take no step."""
-    # steps 2 and 4 (batches 3-5 and 11-13), and a batch left over of the first epoch
-    brain = accumulating(tmp_path, broken={3: float("nan"), 7: float("nan"), 13: float("inf")})
+    # steps 1 and 4 (batches 0-2 and 11-13), and a batch left over of the first epoch
+    brain = accumulating(tmp_path, broken={0: float("nan"), 7: float("nan"), 13: float("inf")})
     brain.fit(brain.counter, *make_loaders())
     steps = in_steps(joined([brain.diary]), ACCUMULATED, BATCHES)
-    weights, _ = written_out(brain.start, steps, LIMIT, skipped={1, 3})
+    weights, _ = written_out(brain.start, steps, LIMIT, skipped={0, 3})
     assert_same_weights(brain.diary.weights, weights)
-    assert brain.diary.skipped == [0, 1, 1, 2]
-    assert brain.nonfinite_streak == 1  # the good step between them began it anew
-    assert column(tmp_path, "nonfinite_steps") == [0, 1, 1, 2]
+    assert brain.diary.skipped == [1, 1, 1, 2]
+    assert brain.nonfinite_streak == 1  # the good steps between them began it anew
+    assert column(tmp_path, "nonfinite_steps") == [1, 1, 1, 2]
 
 
 def test_masks_are_drawn_anew_for_every_batch_and_epoch(plain):
