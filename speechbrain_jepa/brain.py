@@ -155,9 +155,11 @@ class JEPABrain(sb.Brain):
             choose_backend(self.jepa.context_encoder.attention, torch.device(self.device), dtype)
         self.mask_generator = torch.Generator(self.device)
         self.alarm = CollapseAlarm(self.hparams.collapse_share)
+        regularizer = self.jepa.regularizer
+        self.parts = () if regularizer is None else ("prediction", *regularizer.names)
         columns = ["step", "epoch"]
-        columns += [f"train_{name}" for name in TRAIN_COLUMNS]
-        columns += [f"valid_{name}" for name in VALID_COLUMNS]
+        columns += [f"train_{name}" for name in (*TRAIN_COLUMNS, *self.parts)]
+        columns += [f"valid_{name}" for name in (*VALID_COLUMNS, *self.parts)]
         self.online_probe = getattr(self.hparams, "online_probe", None)
         if self.online_probe is not None:
             columns += [f"valid_{name}" for name in self.online_probe.columns]
@@ -216,6 +218,7 @@ class JEPABrain(sb.Brain):
             self.target_statistics = PatchStatistics(num_patches)
             self.embedding_statistics = PatchStatistics(num_patches)
             self.embeddings = []  # of the first clips
+            self.valid_parts = []
 
     # One batch
 
@@ -266,7 +269,7 @@ class JEPABrain(sb.Brain):
             self.optimizers_step()
         self.on_fit_batch_end(batch, output, loss, should_step)
         loss = loss.detach().float().cpu()
-        self.interval.batch_done(len(batch), loss.item())
+        self.interval.batch_done(len(batch), loss.item(), output.parts)
         if should_step and self.optimizer_step % self.hparams.log_interval == 0:
             self._log_interval()
         return loss
@@ -337,10 +340,11 @@ class JEPABrain(sb.Brain):
         stats = self.interval.close(self.world_size)
         stats["memory_gib"] = peak_memory_gib(self.device)
         stats["nonfinite_steps"] = self.nonfinite_total
-        self._log("train", {name: stats[name] for name in TRAIN_COLUMNS})
+        self._log("train", {name: stats[name] for name in (*TRAIN_COLUMNS, *self.parts)})
 
     def _collect(self, spectrogram, masks, output):
         """Targets of this batch and the context encoder's view of whole spectrograms."""
+        self.valid_parts.append({name: part.item() for name, part in output.parts.items()})
         targets, index = output.targets, masks.target_index
         if output.target_valid is not None:
             targets, index = targets[output.target_valid], index[output.target_valid]
@@ -362,10 +366,13 @@ class JEPABrain(sb.Brain):
             "embedding_deviation": self.embedding_statistics.deviation(),
             "embedding_rank": effective_rank(content.flatten(0, 1)),
         }
-        self._log("valid", {"loss": float(stage_loss), **monitors, **self._probe(epoch)})
+        batches = len(self.valid_parts)
+        parts = {name: sum(p[name] for p in self.valid_parts) / batches for name in self.parts}
+        self._log("valid", {"loss": float(stage_loss), **monitors, **parts, **self._probe(epoch)})
         for fallen in self.alarm.check(monitors):
             logger.warning(
                 f"COLLAPSE? {fallen}, under {self.alarm.share:.0%} of its start. What to try: a "
+                "regularizer (speechbrain_jepa.regularizers.VarianceCovariance in the yaml); a "
                 "lower learning rate or a longer warm-up; a slower EMA (ema_start nearer to 1: "
                 "targets that change faster than the predictor learns lose their content); a "
                 "larger batch; more target patches; a shallower encoder."
@@ -424,17 +431,20 @@ class _Interval:
         self.waited = 0.0
         self.clips = self.steps = self.batches = self.finite = 0
         self.loss = 0.0
+        self.parts = {}
         self.latest = {}
 
     def batch_arrived(self):
         self.waited += time.perf_counter() - self.idle_since
 
-    def batch_done(self, clips: int, loss: float):
+    def batch_done(self, clips: int, loss: float, parts: dict):
         self.clips += clips
         self.batches += 1
         if loss - loss == 0:  # finite
             self.finite += 1
             self.loss += loss
+            for name, part in parts.items():
+                self.parts[name] = self.parts.get(name, 0.0) + part.item()
         self.idle_since = time.perf_counter()
 
     def stepped(self, **latest):
@@ -444,8 +454,10 @@ class _Interval:
     def close(self, world_size: int) -> dict:
         """Averages of this interval; the next one begins."""
         elapsed = time.perf_counter() - self.began
+        finite = self.finite or float("nan")
         stats = {
-            "loss": self.loss / self.finite if self.finite else float("nan"),
+            "loss": self.loss / finite,
+            **{name: part / finite for name, part in self.parts.items()},
             "clips_per_second": self.clips * world_size / elapsed,
             "data_wait": self.waited / elapsed,
             **self.latest,
