@@ -101,7 +101,9 @@ def describe_training(hparams):
         for name, value in hparams.items()
         if isinstance(value, plain) and not name.startswith("_") and name not in places
     }
-    return {"masking": type(hparams["masking"]).__name__, **training}
+    objects = {name: hparams.get(name) for name in ("masking", "regularizer")}
+    names = {name: type(value).__name__ for name, value in objects.items() if value is not None}
+    return {**names, **training}
 
 
 @main_process_only

@@ -158,7 +158,8 @@ class JEPABrain(sb.Brain):
         regularizer = self.jepa.regularizer
         self.parts = () if regularizer is None else ("prediction", *regularizer.names)
         columns = ["step", "epoch"]
-        columns += [f"train_{name}" for name in (*TRAIN_COLUMNS, *self.parts)]
+        self.train_columns = (*TRAIN_COLUMNS, *self.parts)
+        columns += [f"train_{name}" for name in self.train_columns]
         columns += [f"valid_{name}" for name in (*VALID_COLUMNS, *self.parts)]
         self.online_probe = getattr(self.hparams, "online_probe", None)
         if self.online_probe is not None:
@@ -340,7 +341,7 @@ class JEPABrain(sb.Brain):
         stats = self.interval.close(self.world_size)
         stats["memory_gib"] = peak_memory_gib(self.device)
         stats["nonfinite_steps"] = self.nonfinite_total
-        self._log("train", {name: stats[name] for name in (*TRAIN_COLUMNS, *self.parts)})
+        self._log("train", {name: stats.get(name, float("nan")) for name in self.train_columns})
 
     def _collect(self, spectrogram, masks, output):
         """Targets of this batch and the context encoder's view of whole spectrograms."""
