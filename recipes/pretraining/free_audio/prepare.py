@@ -315,6 +315,7 @@ def run(jobs: list[Job], output: Path, seed: int, workers: int, title: str) -> N
     for domain in {job.domain for job in jobs}:
         (output / "audio" / domain).mkdir(parents=True, exist_ok=True)
     left = [job for job in jobs if not (output / "jobs" / f"{job.name}.csv").exists()]
+    left.sort(key=lambda job: zlib.crc32(job.name.encode()))  # a mixed order: times can be foretold
     with get_context("spawn").Pool(workers) as pool:
         work = pool.imap_unordered(partial(do, output=output, seed=seed), left)
         for _ in tqdm(work, title, len(left), disable=None):
@@ -369,8 +370,7 @@ def main(arguments=None) -> None:
         check_held_out(folders)
         hours = {kind: hours * options.scale for kind, hours in RENDERED_HOURS.items()}
         settings = (output, options.seed, options.workers)
-        run(recorded_jobs(folders), *settings, "recorded")
-        run(rendered_jobs(folders, hours), *settings, "rendered")
+        run(recorded_jobs(folders) + rendered_jobs(folders, hours), *settings, "recorded, rendered")
         run(mixture_jobs(output, hours["mixtures"]), *settings, "mixtures")
         rows = rows_of(output)
         with whole_file(output / "files.csv") as path, open(path, "w", newline="") as file:
