@@ -155,9 +155,10 @@ def describe_training(hparams, brain):
         "masking": hparams["masking"],
         "learning_rate_schedule": hparams["learning_rate_schedule"],
         "ema_schedule": hparams["ema_schedule"],
+        "regularizer": brain.jepa.regularizer,
     }
     return {
-        **{name: describe_object(thing) for name, thing in objects.items()},
+        **{name: describe_object(thing) for name, thing in objects.items() if thing is not None},
         "global_batch": brain.global_batch,
         "processes": brain.world_size,
         **training,

@@ -193,9 +193,12 @@ class JEPABrain(sb.Brain):
             choose_backend(self.jepa.context_encoder.attention, torch.device(self.device), dtype)
         self.mask_generator = torch.Generator(self.device)
         self.alarm = CollapseAlarm(self.hparams.collapse_share)
+        regularizer = self.jepa.regularizer
+        self.parts = () if regularizer is None else ("prediction", *regularizer.names)
         columns = ["step", "epoch"]
-        columns += [f"train_{name}" for name in TRAIN_COLUMNS]
-        columns += [f"valid_{name}" for name in VALID_COLUMNS]
+        self.train_columns = (*TRAIN_COLUMNS, *self.parts)
+        columns += [f"train_{name}" for name in self.train_columns]
+        columns += [f"valid_{name}" for name in (*VALID_COLUMNS, *self.parts)]
         self.online_probe = getattr(self.hparams, "online_probe", None)
         if self.online_probe is not None:
             columns += [f"valid_{name}" for name in self.online_probe.columns]
@@ -257,6 +260,7 @@ class JEPABrain(sb.Brain):
             self.target_statistics = PatchStatistics(num_patches)
             self.embedding_statistics = PatchStatistics(num_patches)
             self.embeddings = []  # of the first clips
+            self.valid_parts = []
 
     # One batch
 
@@ -307,7 +311,8 @@ class JEPABrain(sb.Brain):
             self.optimizers_step()
         self.on_fit_batch_end(batch, output, loss, should_step)
         loss = loss.detach().float().cpu()
-        self.interval.batch_done(len(batch), loss.item())
+        parts = {name: part.item() for name, part in output.parts.items()}
+        self.interval.batch_done(len(batch), loss=loss.item(), **parts)
         if should_step and self.optimizer_step % self.hparams.log_interval == 0:
             self._log_interval()
         return loss
@@ -378,10 +383,11 @@ class JEPABrain(sb.Brain):
         stats = self.interval.close(self.world_size)
         stats["memory_gib"] = peak_memory_gib(self.device)
         stats["nonfinite_steps"] = self.nonfinite_total
-        self._log("train", {name: stats[name] for name in TRAIN_COLUMNS})
+        self._log("train", {name: stats.get(name, float("nan")) for name in self.train_columns})
 
     def _collect(self, spectrogram, masks, output):
         """Targets of this batch and the context encoder's view of whole spectrograms."""
+        self.valid_parts.append({name: part.item() for name, part in output.parts.items()})
         targets, index = output.targets, masks.target_index
         if output.target_valid is not None:
             targets, index = targets[output.target_valid], index[output.target_valid]
@@ -403,7 +409,9 @@ class JEPABrain(sb.Brain):
             "embedding_deviation": self.embedding_statistics.deviation(),
             "embedding_rank": effective_rank(content.flatten(0, 1)),
         }
-        self._log("valid", {"loss": float(stage_loss), **monitors, **self._probe(epoch)})
+        batches = len(self.valid_parts)
+        parts = {name: sum(p[name] for p in self.valid_parts) / batches for name in self.parts}
+        self._log("valid", {"loss": float(stage_loss), **monitors, **parts, **self._probe(epoch)})
         first_check = not self.alarm.start
         fallen_values = self.alarm.check(monitors)
         if first_check and self.alarm.blind():
@@ -415,6 +423,7 @@ class JEPABrain(sb.Brain):
         for fallen in fallen_values:
             logger.warning(
                 f"COLLAPSE? {fallen}, under {self.alarm.share:.0%} of its start. What to try: a "
+                "regularizer (speechbrain_jepa.regularizers.VarianceCovariance in the yaml); a "
                 "lower learning rate or a longer warm-up; a slower EMA (ema_start nearer to 1: "
                 "targets that change faster than the predictor learns lose their content); a "
                 "larger batch; more target patches; a shallower encoder."

@@ -4,7 +4,7 @@ Shapes: B clips, Kc context and Kt target patches, D embedding dims.
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from speechbrain_jepa.losses import PatchLoss
 from speechbrain_jepa.masking import PatchMasks
+from speechbrain_jepa.regularizers import Regularizer
 from speechbrain_jepa.vit import Encoder, Predictor
 
 TARGET_DOMAINS = ("audio", "latent")
@@ -25,16 +26,21 @@ class JEPAOutput:
     Arguments
     ---------
     loss : Tensor, scalar, float32
+        Of the predictions, and the regulariser's terms added to it.
     predictions : Tensor [B, Kt, D]
     targets : Tensor [B, Kt, D], float32
         Normalised as the loss saw them, detached.
     target_valid : Tensor [B, Kt], bool, or None
+    parts : dict of str to Tensor, scalar, detached
+        What `loss` is the sum of, by name: "prediction" and the regulariser's terms. Empty without
+        a regulariser.
     """
 
     loss: Tensor
     predictions: Tensor
     targets: Tensor
     target_valid: Tensor | None
+    parts: dict[str, Tensor] = field(default_factory=dict)
 
 
 class JEPA(nn.Module):
@@ -56,6 +62,8 @@ class JEPA(nn.Module):
         "latent": it sees all patches, and the targets are picked from its output (Table 3).
     normalize_targets : bool
         Each target to zero mean and unit variance over its features (eps 1e-6). Default True.
+    regularizer : Regularizer or None
+        Added to the loss, computed on the context encoder's tokens. Default None, as in the paper.
 
     Raises
     ------
@@ -87,6 +95,7 @@ class JEPA(nn.Module):
         loss: PatchLoss,
         target_masking: str = "audio",
         normalize_targets: bool = True,
+        regularizer: Regularizer | None = None,
     ):
         super().__init__()
         if target_masking not in TARGET_DOMAINS:
@@ -104,6 +113,7 @@ class JEPA(nn.Module):
         self.loss = loss
         self.target_masking = target_masking
         self.normalize_targets = normalize_targets
+        self.regularizer = regularizer
 
     def train(self, mode: bool = True) -> "JEPA":
         super().train(mode)
@@ -146,8 +156,13 @@ class JEPA(nn.Module):
             masks.target_valid,
             masks.joint_packing,
         )
-        loss = self.loss(predictions, targets, masks.target_valid)
-        return JEPAOutput(loss, predictions, targets, masks.target_valid)
+        loss, parts = self.loss(predictions, targets, masks.target_valid), {}
+        if self.regularizer is not None:
+            terms = self.regularizer.terms(context, masks.context_valid)
+            parts = {"prediction": loss.detach()}
+            parts |= {name: term.detach() for name, term in terms.items()}
+            loss = loss + sum(terms.values())
+        return JEPAOutput(loss, predictions, targets, masks.target_valid, parts)
 
     @torch.no_grad()
     def targets(self, spectrogram: Tensor, masks: PatchMasks) -> Tensor:

@@ -1,6 +1,7 @@
 """What tells a healthy pretraining run from a collapsing one, and where it is written down."""
 
 import csv
+import math
 import os
 import resource
 import sys
@@ -127,7 +128,7 @@ class CollapseAlarm:
 class Interval:
     """Sums since the last row of metrics.csv."""
 
-    SUMS = ("clips", "steps", "finite", "loss", "waited", "latest")
+    SUMS = ("clips", "steps", "finite", "losses", "waited", "latest")
 
     def __init__(self):
         self.restart()
@@ -135,8 +136,9 @@ class Interval:
     def restart(self) -> None:
         """From nothing."""
         self.clips = self.steps = self.finite = 0
-        self.loss = self.waited = self.elapsed = 0.0
-        self.latest = {}
+        self.waited = self.elapsed = 0.0
+        self.losses: dict[str, float] = {}
+        self.latest: dict[str, float] = {}
         self.resume()
 
     def resume(self) -> None:
@@ -148,12 +150,13 @@ class Interval:
         """The next batch is there: what passed since the last was done was waiting."""
         self.waited += time.perf_counter() - self.idle_since
 
-    def batch_done(self, clips: int, loss: float) -> None:
-        """A batch of so many clips with this loss, which counts if it is finite."""
+    def batch_done(self, clips: int, **losses: float) -> None:
+        """A batch of so many clips with its `loss` and that one's parts, if it is finite."""
         self.clips += clips
-        if loss - loss == 0:  # finite
+        if math.isfinite(losses["loss"]):
             self.finite += 1
-            self.loss += loss
+            for name, value in losses.items():
+                self.losses[name] = self.losses.get(name, 0.0) + value
         self.idle_since = time.perf_counter()
 
     def stepped(self, **latest: float) -> None:
@@ -164,8 +167,10 @@ class Interval:
     def close(self, world_size: int) -> dict[str, float]:
         """Averages of this interval; the next one begins."""
         elapsed = time.perf_counter() - self.began
+        finite = self.finite or float("nan")
         stats = {
-            "loss": self.loss / self.finite if self.finite else float("nan"),
+            "loss": float("nan"),
+            **{name: value / finite for name, value in self.losses.items()},
             "clips_per_second": self.clips * world_size / elapsed,
             "data_wait": self.waited / elapsed,
             **self.latest,

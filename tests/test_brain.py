@@ -18,6 +18,7 @@ from speechbrain_jepa.features import LogMelSpectrogram, Normalization
 from speechbrain_jepa.jepa import JEPA
 from speechbrain_jepa.losses import SmoothL1
 from speechbrain_jepa.masking import UnstructuredMasking
+from speechbrain_jepa.regularizers import VarianceCovariance
 from speechbrain_jepa.schedules import LinearRamp, WarmupCosine
 from speechbrain_jepa.vit import Encoder, PatchGrid, Predictor
 
@@ -35,13 +36,14 @@ def loaders(audio_folder, tmp_path):
 
 @pytest.fixture
 def make_brain(tmp_path):
-    def make(loss=None, epochs=1, checkpointer=False, run_opts=(), **hparams):
+    def make(loss=None, epochs=1, checkpointer=False, run_opts=(), regularizer=None, **hparams):
         torch.manual_seed(0)
         grid = PatchGrid(frames=64)
         jepa = JEPA(
             Encoder(grid, dim=24, depth=1, num_heads=3),
             Predictor(grid, encoder_dim=24, dim=24, depth=1, num_heads=3),
             loss or SmoothL1(),
+            regularizer=regularizer,
         )
         modules = {
             "jepa": jepa,
@@ -175,6 +177,26 @@ def test_a_collapse_is_said_loudly(make_brain, loaders, caplog):
         brain._fit_valid(valid, epoch=2, enable=False)
     assert "COLLAPSE? embedding_deviation fell from" in caplog.text
     assert "ema_start" in caplog.text
+    assert "speechbrain_jepa.regularizers.VarianceCovariance" in caplog.text
+
+
+def test_metrics_show_the_parts_of_a_regularised_loss(make_brain, loaders, tmp_path):
+    brain = make_brain(regularizer=VarianceCovariance(), run_opts={"optimizer_step_limit": 3})
+    brain.fit(brain.counter, *loaders)
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    for row in table:
+        split = "train" if row["train_loss"] else "valid"
+        parts = [row[f"{split}_{name}"] for name in ("prediction", "variance", "covariance")]
+        assert sum(map(float, parts)) == pytest.approx(float(row[f"{split}_loss"]), rel=1e-5)
+        assert float(parts[2]) > 0
+    assert "covariance" in (tmp_path / "train_log.txt").read_text()
+
+
+def test_metrics_of_a_plain_loss_have_no_parts(make_brain, loaders, tmp_path):
+    brain = make_brain(run_opts={"optimizer_step_limit": 1})
+    brain.fit(brain.counter, *loaders)
+    assert "prediction" not in (tmp_path / "metrics.csv").read_text()
 
 
 def test_tensorboard_gets_what_the_table_gets(make_brain, loaders, tmp_path):

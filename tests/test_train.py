@@ -161,6 +161,20 @@ def test_block_strategies_train_with_latent_targets(recipe, audio_folder, tmp_pa
     assert sorted(metrics(tmp_path)) == list(range(1, 7))  # 5 batches of 4 an epoch, 2 a step
 
 
+@pytest.mark.parametrize("name", ["VarianceCovariance", "SIGReg"])
+def test_a_regularizer_is_an_option_of_the_command_line(name, audio_folder, tmp_path):
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2")
+    launcher += ("--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0")
+    option = f"!new:speechbrain_jepa.regularizers.{name}"
+    options = ("--regularizer", option)
+    done = run(tmp_path, audio_folder, *options, recipe="jepa_multiblock", launcher=launcher)
+    assert done.returncode == 0, done.stdout
+    row = metrics(tmp_path)[2]
+    assert float(row["train_loss"]) > float(row["train_prediction"]) > 0
+    config = json.loads((tmp_path / "pretrained" / "config.json").read_text())
+    assert config["training"]["regularizer"] == name
+
+
 def test_debug_mode_is_short_and_leaves_nothing_to_resume(audio_folder, tmp_path):
     done = run(tmp_path, audio_folder, "--debug")
     assert done.returncode == 0, done.stdout
