@@ -22,8 +22,8 @@ from speechbrain_jepa.checkpoints import save_pretrained
 from speechbrain_jepa.data.crops import CropBatch
 from speechbrain_jepa.evaluation.labelled import LabelledClips
 from speechbrain_jepa.evaluation.linear_probe import Protocol, probe
+from speechbrain_jepa.evaluation.logmel import logmel_statistics
 from speechbrain_jepa.evaluation.online_probe import OnlineProbe
-from speechbrain_jepa.evaluation.quick_probe import logmel_statistics
 from speechbrain_jepa.evaluation.sources import load_source
 from speechbrain_jepa.evaluation.store import Features
 from speechbrain_jepa.features import LogMelSpectrogram, Normalization, crop_samples

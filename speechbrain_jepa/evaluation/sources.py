@@ -32,7 +32,7 @@ from speechbrain_jepa import __version__
 from speechbrain_jepa.checkpoints import CONFIG, MODEL_TYPE, load_pretrained
 from speechbrain_jepa.embed import PRECISIONS
 from speechbrain_jepa.encoder import AudioJEPA
-from speechbrain_jepa.evaluation.quick_probe import logmel_statistics
+from speechbrain_jepa.evaluation.logmel import logmel_statistics
 from speechbrain_jepa.features import SAMPLE_RATE, LogMelSpectrogram, Normalization
 from speechbrain_jepa.vit import Encoder, PatchGrid
 
