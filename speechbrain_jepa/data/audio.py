@@ -103,7 +103,8 @@ def _source(path: str):
     found = os.stat(path.shard if is_member else path)
     kind = stat.S_IFMT(found.st_mode)
     if kind != stat.S_IFREG:
-        raise UnreadableAudio(path, f"not a regular file, but {_KINDS.get(kind, 'something else')}")
+        what = _KINDS.get(kind, "something else")
+        raise UnreadableAudio(path, f"is {what}: only regular files are opened")
     if (path.size if is_member else found.st_size) == 0:
         raise UnreadableAudio(path, "empty")
     if is_member:

@@ -45,7 +45,8 @@ def read_rows(train_csv: Path, root: str) -> list[tuple]:
                         stats[path] = -1, -1  # reading the header will say what is wrong
                 entries.append((path, start, stop, *stats[path]))
         except csv.Error as error:
-            raise ValueError(f"{train_csv}, line {reader.line_num}: {error}") from error
+            line = reader.reader.line_num  # of DictReader itself: the last that was whole
+            raise ValueError(f"{train_csv}, line {line}: {error}") from error
     return entries
 
 
