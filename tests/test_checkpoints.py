@@ -157,6 +157,7 @@ def test_the_model_card_names_the_training_and_valid_front_matter(folder):
     _, front, card = (folder / CARD).read_text().split("---\n", 2)
     assert yaml.safe_load(front)["library_name"] == "speechbrain"
     assert "steps: 1800" in card
+    assert "pip install ." in card and "pip install speechbrain-jepa" not in card  # no release yet
     for interface in ("WaveformEncoder.from_hparams", "-u audio_jepa", "AudioJEPA("):
         assert interface in card
 
