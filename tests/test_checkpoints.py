@@ -228,6 +228,14 @@ def test_a_folder_that_another_process_writes_is_left_to_it(folder):
     assert partial.parent != folder and not partial.exists()
 
 
+def test_an_export_beside_another_is_one_line(experiment, tmp_path):
+    from speechbrain_jepa.export import main
+
+    out = tmp_path / "out"
+    with whole_folder(out), pytest.raises(SystemExit, match=r"^export: .* is in use by process"):
+        main([str(experiment), str(out)])
+
+
 def test_a_full_disk_is_one_sentence_and_leaves_the_old_folder(small_disk):
     folder = small_disk / "p"
     save_pretrained(folder, make_encoder(), Normalization())
