@@ -337,7 +337,7 @@ def test_it_is_a_front_end_for_speechbrains_classifiers(folder):
 
 @pytest.mark.parametrize(("base", "peak", "last"), [(1e-8, 2e-4, 3.1e-5), (1e-3, 1e-3, 1e-3)])
 def test_esc50s_schedule_reaches_a_rate_that_learns_only_with_our_lines(base, peak, last):
-    """200 epochs of 38 training and 13 validation batches; the second row is docs/speechbrain.md."""
+    """200 epochs of 38 training and 13 validation batches; second row: docs/speechbrain.md."""
     optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=peak)
     schedule = CyclicLRScheduler(base_lr=base, max_lr=peak, step_size=65_000)
     for _ in range(200 * (38 + 13)):
