@@ -18,6 +18,7 @@ from torch import Tensor
 
 from speechbrain_jepa.checkpoints import save_pretrained
 from speechbrain_jepa.features import N_MELS, SAMPLE_RATE, Normalization
+from speechbrain_jepa.files import FolderInUse
 from speechbrain_jepa.untrusted import (
     Weights,
     build_encoder,
@@ -195,6 +196,8 @@ def convert(
     ------
     FileNotFoundError, FileExistsError
         If there is no checkpoint, or `out` holds anything but a pretrained folder.
+    FolderInUse
+        If another process is writing `out`.
     ValueError
         If the checkpoint cannot be read, or is not wholly understood: the message says what is
         missing, unknown or of another size.
@@ -529,7 +532,7 @@ def main(arguments=None) -> None:
     options = vars(parser.parse_args(arguments))
     try:
         print(convert(**options))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, FolderInUse) as error:
         raise SystemExit(f"convert: {error}") from error
 
 

@@ -122,7 +122,7 @@ class LogMelSpectrogram(nn.Module):
 class Normalization(nn.Module):
     """(x - mean) / std with one pair of numbers for the corpus.
 
-    AudioSet's pair in the released code is (-7.06, 4.19).
+    AudioSet's pair in the released code is (-7.0633, 4.1971).
 
     Arguments
     ---------

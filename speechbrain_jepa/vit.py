@@ -170,7 +170,7 @@ class Block(nn.Module):
 
 
 def _initialize(module: nn.Module) -> None:
-    """Xavier-uniform weights and zero biases, as in the released code."""
+    """Xavier-uniform weights, zero biases; not all as the released code (docs/released_code.md)."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)

@@ -157,6 +157,7 @@ def test_the_model_card_names_the_training_and_valid_front_matter(folder):
     _, front, card = (folder / CARD).read_text().split("---\n", 2)
     assert yaml.safe_load(front)["library_name"] == "speechbrain"
     assert "steps: 1800" in card
+    assert "pip install ." in card and "pip install speechbrain-jepa" not in card  # no release yet
     for interface in ("WaveformEncoder.from_hparams", "-u audio_jepa", "AudioJEPA("):
         assert interface in card
 
@@ -225,6 +226,14 @@ def test_a_folder_that_another_process_writes_is_left_to_it(folder):
     ):
         save_pretrained(folder, make_encoder(seed=1), Normalization())
     assert partial.parent != folder and not partial.exists()
+
+
+def test_an_export_beside_another_is_one_line(experiment, tmp_path):
+    from speechbrain_jepa.export import main
+
+    out = tmp_path / "out"
+    with whole_folder(out), pytest.raises(SystemExit, match=r"^export: .* is in use by process"):
+        main([str(experiment), str(out)])
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_the_old_folder(small_disk):

@@ -204,7 +204,7 @@ def _untrained(folder: str, seed: int):
         loaded, normalization, _ = load_pretrained(folder)
         grid, config = loaded.grid, loaded.config
     else:
-        grid, config, normalization = PatchGrid(), {}, Normalization(-7.06, 4.19)  # AudioSet's
+        grid, config, normalization = PatchGrid(), {}, Normalization(-7.0633, 4.1971)  # AudioSet's
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = Encoder(grid, **config)
@@ -257,7 +257,7 @@ def _s3prl(name: str, upstream: str, all_layers: bool, precision: str, device) -
     except (ImportError, AttributeError) as error:
         raise ImportError(
             f"--encoder {name}: is no folder here, and for an upstream s3prl cannot be imported "
-            f"({error}): check the path, or pip install speechbrain-jepa[s3prl]"
+            f"({error}): check the path, or pip install '.[s3prl]' in a clone of this repository"
         ) from error
     entry = getattr(hub, upstream, None)
     if entry is None:

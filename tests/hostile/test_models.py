@@ -383,6 +383,17 @@ def test_an_odd_checkpoint_is_refused_with_its_name(change, match, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("claim", [10**9, 5 * 10**10, 2**61])
+def test_a_storage_that_is_not_in_the_file_is_refused(claim, tmp_path):
+    """The old format says how many numbers come; here in eight bytes instead of four."""
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"x": torch.zeros(70_000)}, path, _use_new_zipfile_serialization=False)
+    number = b"J" + struct.pack("<i", 70_000)
+    lie = b"\x8a\x08" + struct.pack("<q", claim)
+    path.write_bytes(path.read_bytes().replace(number, lie))
+    refused(lambda: convert(path, tmp_path / "out", "m2d"), r"checkpoint\.pth is not a checkpoint")
+
+
 def test_no_heads_are_refused(tmp_path):
     for heads in (0, -1, 5):
         refused(lambda heads=heads: converted(m2d(), tmp_path, num_heads=heads), "num_heads=")
