@@ -34,6 +34,7 @@ from speechbrain_jepa.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAST_SECONDS = 10  # a part does not begin with less time left
+STEPS_TITLE = "## All steps"
 LAST_LINES = 30  # of a log, in the report
 
 
@@ -87,7 +88,7 @@ def plan(args, work: Path) -> list[Part]:
     parts += [  # compiling takes longest, and every new batch size compiles again
         Part(
             f"compiled-{size}-{strategy}",
-            150,
+            300 if toy else 150,
             step(size, strategy, [batches[-1], batches[0]][: 1 if toy else 2], "--compile"),
         )
         for strategy in list(STRATEGIES)[: 1 if toy else 3]
@@ -171,7 +172,7 @@ def all_steps(path: Path) -> str:
         return ""
     table = pd.read_csv(path, dtype=str)
     rows = [table.columns, ["---"] * len(table.columns), *table.values.tolist()]
-    return "\n".join(["## All steps\n", *(f"| {' | '.join(row)} |" for row in rows), ""])
+    return "\n".join([STEPS_TITLE, "", *(f"| {' | '.join(row)} |" for row in rows), ""])
 
 
 def parse_arguments():
@@ -193,10 +194,11 @@ def main():
     args = parse_arguments()
     end = time.monotonic() + 60 * args.minutes
     args.out.mkdir(parents=True, exist_ok=True)
-    log, steps = args.out / "output.txt", args.out / "steps.csv"
+    log, steps, report = (args.out / name for name in ("output.txt", "steps.csv", "report.md"))
     card = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     head = f"# {card}, torch {torch.__version__}{', toy sizes' if args.toy else ''}\n"
-    sections = [head]
+    before = report.read_text(encoding="utf-8").split(STEPS_TITLE)[0] if report.exists() else ""
+    sections = [before + head]  # a second call goes on where the first has ended
     failed = 0
     with tempfile.TemporaryDirectory() as work:
         for part in plan(args, Path(work)):
@@ -210,11 +212,11 @@ def main():
             row = {"part": part.name, "outcome": outcome, "seconds": f"{seconds:.1f}"}
             append(args.out / "parts.csv", row)
             sections.append(described(part, outcome, seconds, printed, log))
-            write_text(args.out / "report.md", "\n".join([*sections, all_steps(steps)]))
+            write_text(report, "\n".join([*sections, all_steps(steps)]))
         metrics = Path(work) / "pretraining" / "metrics.csv"
         if metrics.exists():
             shutil.copy(metrics, args.out / "metrics.csv")
-    print(f"{args.out / 'report.md'}")
+    print(report)
     return int(failed > 0)
 
 
