@@ -23,9 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from speechbrain_jepa.evaluation.labelled import LabelledClips
+from speechbrain_jepa.evaluation.labelled import Features, LabelledClips
 from speechbrain_jepa.evaluation.linear_probe import Protocol, probe
-from speechbrain_jepa.evaluation.store import Features
 
 DIMS, CAUSES = 3840, 64  # embeddings are a few independent causes, mixed, and noise
 SHAPES = {  # clips, classes, folds, seeds, distance of classes

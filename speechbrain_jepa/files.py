@@ -3,8 +3,10 @@
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import logging
+import math
 import os
 import shutil
 import socket
@@ -15,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
+import numpy as np
 
 logger = logging.getLogger(__name__)
 
@@ -155,6 +158,31 @@ def sync(path: str | os.PathLike) -> None:
         os.close(descriptor)
 
 
+def new_array(path: str | os.PathLike, dtype, shape: tuple[int, ...]) -> np.memmap:
+    """A .npy file of zeros, memory-mapped to be written: the disk has all of it (`allocate`).
+
+    Arguments
+    ---------
+    path : str or path
+    dtype : numpy dtype
+    shape : tuple of int
+
+    Example
+    -------
+    >>> array = new_array(getfixture("tmp_path") / "a.npy", "float16", (2, 3))
+    >>> array.shape, float(array.sum())
+    ((2, 3), 0.0)
+    """
+    dtype = np.dtype(dtype)
+    header = io.BytesIO()
+    description = {"descr": dtype.str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, description)
+    allocate(path, len(header.getvalue()) + math.prod(shape) * dtype.itemsize)
+    with open(path, "r+b") as file:
+        file.write(header.getvalue())
+    return np.load(path, mmap_mode="r+")
+
+
 def allocate(path: str | os.PathLike, size: int) -> None:
     """Make a file of `size` bytes, all of which the disk has for it.
 
@@ -249,7 +277,7 @@ def folder_lock(folder: str | os.PathLike, fix: str, wait: float = 0.0) -> Itera
     fix : str
         Ends the message: what to do instead of waiting.
     wait : float
-        Seconds to wait for another process to finish. Default 0.
+        Seconds to wait for another process to finish; a warning says that it waits. Default 0.
 
     Raises
     ------
@@ -276,8 +304,8 @@ def folder_lock(folder: str | os.PathLike, fix: str, wait: float = 0.0) -> Itera
             patience = wait if _is_running(holder) else max(wait, CHILDREN_SECONDS)
             if time.monotonic() - began >= patience:
                 raise FolderInUse(f"{folder} is in use by {_named(holder)}: {fix}") from None
-            if wait and not has_told:
-                logger.info("%s is in use by %s: waiting for it", folder, _named(holder))
+            if wait and holder and not has_told:
+                logger.warning("%s is in use by %s: waiting for it", folder, _named(holder))
                 has_told = True
             time.sleep(0.1)
     try:

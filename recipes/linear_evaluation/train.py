@@ -110,6 +110,7 @@ def evaluate(hparams: dict, device: str = "cpu") -> tuple[Result, Path]:
             **{name: len(getattr(rows, name)) for name in ("train", "valid", "test")},
         },
         settings=settings,
+        own_split=prepare.TASK.has_own_split(hparams["prepare"]),
     )
     folder.mkdir(parents=True, exist_ok=True)
     if hparams["figures"]:

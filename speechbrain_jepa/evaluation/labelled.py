@@ -155,6 +155,26 @@ class LabelledClips:
         return divisions
 
 
+@dataclass(frozen=True)
+class Features:
+    """Embeddings of labelled clips.
+
+    Arguments
+    ---------
+    array : array [L, n, C], float16 or float32
+        Memory-mapped. Rows that are not usable are zeros.
+    usable : array [n], bool
+    layers : list of int
+        The number of each of the L layers; -1 is the last.
+    folder : Path
+    """
+
+    array: np.ndarray
+    usable: np.ndarray
+    layers: list[int]
+    folder: Path
+
+
 def read_labelled(path, data_folder=None, multilabel: bool = False) -> dict[str, LabelledClips]:
     """The sets of labels of a csv (see above), each with the rows that have a label in it.
 

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from speechbrain_jepa.evaluation.labelled import LabelledClips
+from speechbrain_jepa.evaluation.labelled import Features, LabelledClips
 from speechbrain_jepa.evaluation.linear_probe import Protocol, adam, logistic, metrics, probe
-from speechbrain_jepa.evaluation.store import Features
 
 SPLITS = ["train"] * 6 + ["valid"] + ["test"] * 3
 FAST = Protocol(learning_rate=3e-3, batch_size=32, epochs=40, neighbours=0, precision="fp32")

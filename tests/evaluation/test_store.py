@@ -1,7 +1,13 @@
 """Encoders by name, labelled clips, and embeddings that are computed once."""
 
 import json
+import logging
 import os
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -34,7 +40,7 @@ def embed(source, clips, folder, **options):
     return embed_once(source, clips, 1.0, folder, num_workers=1, progress=False, **options)
 
 
-def count_calls(monkeypatch, source):
+def count_calls(source):
     embedded = []
     original = source.layer_means
     source.layer_means = lambda wav: embedded.append(len(wav)) or original(wav)
@@ -105,10 +111,10 @@ def test_a_layer_by_number_is_that_of_all_layers(clips, pretrained, tmp_path):
         embed(source, clips, tmp_path, layer=3)
 
 
-def test_what_is_there_is_read_not_computed(clips, tmp_path, monkeypatch):
+def test_what_is_there_is_read_not_computed(clips, tmp_path):
     first = embed(load_source("logmel"), clips, tmp_path)
     source = load_source("logmel")
-    calls = count_calls(monkeypatch, source)
+    calls = count_calls(source)
     again = embed(source, clips, tmp_path)
     assert calls == [] and first.folder == again.folder
     np.testing.assert_array_equal(first.array, again.array)
@@ -132,7 +138,7 @@ def test_other_labels_read_the_same_embeddings(clips, tmp_path):
     assert embed(source, clips, tmp_path).folder == embed(source, other, tmp_path).folder
 
 
-def test_an_interrupted_extraction_goes_on(clips, pretrained, tmp_path, monkeypatch):
+def test_an_interrupted_extraction_goes_on(clips, pretrained, tmp_path):
     expected = embed(load_source(pretrained), clips, tmp_path / "whole")
     source = load_source(pretrained)
     original = source.layer_means
@@ -147,7 +153,7 @@ def test_an_interrupted_extraction_goes_on(clips, pretrained, tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         embed(source, clips, tmp_path / "store", batch_seconds=1.0)
     source = load_source(pretrained)
-    calls = count_calls(monkeypatch, source)
+    calls = count_calls(source)
     features = embed(source, clips, tmp_path / "store", batch_seconds=1.0)
     assert sum(calls) == 8 - 3
     np.testing.assert_allclose(features.array, expected.array, rtol=2e-3, atol=2e-3)
@@ -181,3 +187,56 @@ def test_at_most_so_many_clips_measure_the_normalisation(clips, pretrained, tmp_
     source.fit = lambda batches: fit(seen.append(len(wav)) or wav for wav in batches)
     embed(source, clips, tmp_path)
     assert sum(seen) == 2
+
+
+def test_a_second_evaluation_waits_for_the_embeddings_of_the_first(clips, tmp_path, caplog):
+    folder = tmp_path / "store"
+    begun, go_on = threading.Event(), threading.Event()
+    first, second = load_source("logmel"), load_source("logmel")
+    embed_batch = first.layer_means
+
+    def slow(wav):
+        begun.set()
+        assert go_on.wait(30)
+        return embed_batch(wav)
+
+    first.layer_means = slow
+    calls = count_calls(second)
+    with caplog.at_level(logging.WARNING), ThreadPoolExecutor(2) as pool:
+        one = pool.submit(embed, first, clips, folder, batch_seconds=1.0)
+        assert begun.wait(30)
+        two = pool.submit(embed, second, clips, folder, batch_seconds=1.0)
+        while "waiting for it" not in caplog.text and not two.done():
+            time.sleep(0.01)
+        go_on.set()
+        one, two = one.result(), two.result()
+    assert "waiting for it" in caplog.text and str(os.getpid()) in caplog.text
+    assert calls == []
+    assert one.usable.all() and two.usable.all()
+    np.testing.assert_array_equal(one.array, two.array)
+    assert {path.name for path in two.folder.iterdir()} >= {"key.json", "features.npy", "rows.npy"}
+
+
+FILL = """
+import sys
+import torch
+from speechbrain_jepa.evaluation.labelled import LabelledClips
+from speechbrain_jepa.evaluation.sources import load_source
+from speechbrain_jepa.evaluation.store import embed_once
+
+source = load_source("logmel")
+source.layer_means = lambda wav: torch.ones(1, len(wav), 200_000)  # 3.2 MB of float16 in all
+names = [str(number) for number in range(8)]
+splits = ["train"] * 5 + ["valid"] + ["test"] * 2
+clips = LabelledClips(names, sys.argv[2:], list("abababab"), splits, [None] * 8)
+embed_once(source, clips, 1.0, sys.argv[1], progress=False)
+"""
+
+
+def test_a_full_disk_is_one_sentence_and_not_a_bus_error(clips, small_disk):
+    command = [sys.executable, "-c", FILL, str(small_disk / "features"), *clips.files]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 1, run.stderr
+    last = run.stderr.strip().splitlines()[-1]
+    assert f"the disk of {small_disk}/features/logmel" in last and "is full" in last
+    assert "3.1 MiB needed" in last

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import torch
 
-from speechbrain_jepa.evaluation.labelled import LabelledClips
+from speechbrain_jepa.evaluation.labelled import Features, LabelledClips
 from speechbrain_jepa.evaluation.linear_probe.adam import train_adam
 from speechbrain_jepa.evaluation.linear_probe.bank import Bank
 from speechbrain_jepa.evaluation.linear_probe.logistic import train_logistic
@@ -30,7 +30,6 @@ from speechbrain_jepa.evaluation.linear_probe.protocol import (
     Protocol,
     Trial,
 )
-from speechbrain_jepa.evaluation.store import Features
 
 __all__ = ["VERSION", "Outcome", "Protocol", "Trial", "probe"]
 
