@@ -36,9 +36,7 @@ def loaders(audio_folder, tmp_path):
 
 @pytest.fixture
 def make_brain(tmp_path):
-    def make(
-        loss=None, epochs=1, checkpointer=False, run_opts=(), regularizer=None, **hparams
-    ):
+    def make(loss=None, epochs=1, checkpointer=False, run_opts=(), regularizer=None, **hparams):
         torch.manual_seed(0)
         grid = PatchGrid(frames=64)
         jepa = JEPA(
