@@ -131,9 +131,9 @@ class SIGReg(Regularizer):
     weight * mean over directions of the integral over t of
         |mean over tokens of exp(i t x) - exp(-t²/2)|² exp(-t²/2)
 
-    by the trapezoidal rule from -`limit` to `limit` (Epps and Pulley's statistic). LeJEPA multiplies
-    it with the number of rows; this does not, so that the weight does not depend on the batch. Its
-    weight of 0.05 is 0.05 times the valid tokens of a batch here.
+    by the trapezoidal rule from -`limit` to `limit` (Epps and Pulley's statistic). LeJEPA
+    multiplies it with the number of rows; this does not, so that the weight does not depend on the
+    batch. Its weight of 0.05 is 0.05 times the valid tokens of a batch here.
 
     Arguments
     ---------
