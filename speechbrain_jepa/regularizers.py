@@ -3,8 +3,8 @@
 A regulariser is called with the context encoder's patch tokens [B, K, D] and the validity [B, K] of
 ragged rows, and gives a scalar to add to the loss. Every valid token of the batch is one row of its
 statistics, which are float32, also under autocast. Under several processes they are those of the
-global batch; with gradient accumulation, of one micro-batch over all processes, so that a micro-batch
-should hold several times D tokens.
+global batch; with gradient accumulation, those of one micro-batch over all processes, which should
+therefore hold several times D tokens.
 """
 
 import torch
@@ -52,7 +52,7 @@ class Regularizer(nn.Module):
 
     @staticmethod
     def rows(tokens: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens [n, D] in float32 with zeros for padding, which rows count [n, 1], and how many."""
+        """Tokens [n, D], float32, zero where padding; which rows count [n, 1]; how many."""
         rows = tokens.float().flatten(0, 1)
         if valid is None:
             counted = rows.new_ones(len(rows), 1)
@@ -125,14 +125,15 @@ class VarianceCovariance(Regularizer):
 class SIGReg(Regularizer):
     """Sketched isotropic Gaussian regularisation (LeJEPA, arXiv 2511.08544, section 4).
 
-    Tokens are projected onto random unit directions, drawn anew at every step, and each projection's
-    empirical characteristic function is compared with that of a standard normal distribution:
+    Tokens are projected onto random unit directions, drawn anew at every step, and the empirical
+    characteristic function of each projection is compared with a standard normal distribution's:
 
-    weight * mean over directions of the integral over t of |mean exp(i t x) - exp(-t²/2)|² exp(-t²/2)
+    weight * mean over directions of the integral over t of
+        |mean over tokens of exp(i t x) - exp(-t²/2)|² exp(-t²/2)
 
-    by the trapezoidal rule over -`limit` to `limit` (Epps and Pulley's statistic). LeJEPA multiplies
-    it with the number of rows, which this does not, so that the weight does not depend on the batch:
-    its weight of 0.05 is 0.05 times the valid tokens of a batch here.
+    by the trapezoidal rule from -`limit` to `limit` (Epps and Pulley's statistic). LeJEPA
+    multiplies it with the number of rows; this does not, so that the weight does not depend on the
+    batch. Its weight of 0.05 is 0.05 times the valid tokens of a batch here.
 
     Arguments
     ---------
@@ -193,7 +194,7 @@ class SIGReg(Regularizer):
             return {"gaussianity": self.weight * statistic}
 
     def _draw_directions(self, dim: int) -> Tensor:
-        """Unit vectors [D, directions]; those of the next step in training, else always the same."""
+        """Unit vectors [D, directions]: new ones at each training step, the last ones otherwise."""
         generator = torch.Generator().manual_seed(int(self.step))
         if self.training and torch.is_grad_enabled():
             self.step += 1

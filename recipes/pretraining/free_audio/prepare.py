@@ -2,11 +2,11 @@
 
     python recipes/pretraining/free_audio/prepare.py /data/free_audio --workers 8
 
-Needs Debian 12 (or a container of it) with `apt-get install fluidsynth espeak-ng`; the other packages
-are downloaded by name with `apt-get download`, unless --packages holds them, and are not installed.
-Writes pieces of up to 10 s, mono 16 kHz FLAC, as <output>/audio/<domain>/..., `files.csv` (which piece
-came from which package) and `packages.md` (package, licence, hours). Killed and started again, it goes
-on with the piece of work it was in.
+Needs Debian 12 (or a container of it) with `apt-get install fluidsynth espeak-ng`. The other
+packages are downloaded by name with `apt-get download`, unless --packages holds them, and are not
+installed. Writes pieces of up to 10 s, mono 16 kHz FLAC, as <output>/audio/<domain>/...,
+`files.csv` (which piece came from which package) and `packages.md` (package, licence, hours).
+Killed and started again, it goes on with the piece of work it was in.
 """
 
 import argparse
@@ -48,6 +48,7 @@ SHORTEST = 2 * SAMPLE_RATE  # of a track's last piece
 SILENCE = 1e-3  # root mean square: -60 dB
 PIECES_PER_JOB = 12  # of what is rendered
 COLUMNS = ("file", "package", "seconds")
+PACKAGES = sorted({package.name for package in RECORDED} | {SOUND_FONT.name, TEXTS})
 
 
 # Packages
@@ -57,15 +58,16 @@ def fetch(name: str, packages: Path) -> Path:
     """The .deb file of a package, downloaded if it is not there."""
     found = sorted(packages.glob(f"{name}_*.deb"))
     if not found:
-        done = subprocess.run(
-            ["apt-get", "download", name], cwd=packages, capture_output=True, text=True
-        )
-        found = sorted(packages.glob(f"{name}_*.deb"))
-        if done.returncode or not found:
+        try:
+            command = ["apt-get", "download", name]
+            subprocess.run(command, cwd=packages, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            said = getattr(error, "stderr", None) or str(error)
             raise SystemExit(
-                f"apt-get download {name} failed: {done.stderr.strip()[-300:]}. Run apt-get update, or "
+                f"apt-get download {name} failed: {said.strip()[-300:]}\nRun apt-get update, or "
                 f"put the package of Debian 12 into {packages}"
-            )
+            ) from error
+        found = sorted(packages.glob(f"{name}_*.deb"))
     return found[-1]
 
 
@@ -151,9 +153,8 @@ def sentences(folder: Path, languages: list[str]) -> dict[str, list[str]]:
     texts = defaultdict(set)
     english = [language for language in languages if language.startswith("en")]
     for path in sorted(folder.rglob("*.txt")):
-        first, *translations = path.read_text(encoding="utf-8", errors="replace").splitlines() or [
-            ""
-        ]
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        first, *translations = lines or [""]
         for language in english:
             texts[language].add(first.strip())
         for line in translations:
@@ -185,16 +186,25 @@ def cut(wav: np.ndarray):
             yield piece
 
 
+def readable(sounds: list[Sound]):
+    """The sounds read, without the broken ones."""
+    for sound in sounds:
+        try:
+            yield sound.read()
+        except (soundfile.SoundFileError, EOFError) as error:
+            tqdm.write(f"Skipped {sound.path}: {error}", file=sys.stderr)
+
+
 def recording(rng, sound: Sound):
-    yield from cut(sound.read())
+    for wav in readable([sound]):
+        yield from cut(wav)
 
 
 def joined(rng, sounds: list[Sound]):
     """Short sounds one after the other in a random order, with pauses."""
     parts = []
-    for number in rng.permutation(len(sounds)):
-        pause = np.zeros(round(rng.uniform(0.05, 0.6) * SAMPLE_RATE), np.float32)
-        parts += [sounds[number].read(), pause]
+    for wav in readable([sounds[number] for number in rng.permutation(len(sounds))]):
+        parts += [wav, np.zeros(round(rng.uniform(0.05, 0.6) * SAMPLE_RATE), np.float32)]
     yield from cut(np.concatenate(parts))
 
 
@@ -208,7 +218,7 @@ def speech(rng, texts, variants):
 
 
 def drums(rng, sounds: list[Sound]):
-    hits = [sound.read()[: 2 * SAMPLE_RATE] for sound in sounds]
+    hits = [wav[: 2 * SAMPLE_RATE] for wav in readable(sounds)]
     for _ in range(PIECES_PER_JOB):
         yield render.drum_pattern(rng, hits)
 
@@ -247,10 +257,8 @@ def recorded_jobs(folders: dict[str, Path]) -> list[Job]:
         if not package.joined:
             for sound in sounds:
                 stem = re.sub(r"\W", "-", sound.path.split("/")[-1].rsplit(".", 1)[0])
-                name = f"{package.name}_{stem}"
-                jobs.append(
-                    Job(name, package.domain, package.name, partial(recording, sound=sound))
-                )
+                name, make = f"{package.name}_{stem}", partial(recording, sound=sound)
+                jobs.append(Job(name, package.domain, package.name, make))
             continue
         groups = defaultdict(list)
         for sound in sounds:
@@ -285,10 +293,11 @@ def rendered_jobs(folders: dict[str, Path], hours: dict[str, float]) -> list[Job
             groups = defaultdict(list)
             for sound in sounds_of(package, folders[package.name]):
                 groups[re.search(package.pattern, sound.path)[1]].append(sound)
-            members = (
-                group for name, group in sorted(groups.items()) if name not in ("loop", "ambi")
-            )
-            kits += [(package.name, group) for group in members if len(group) > 3]
+            kits += [
+                (package.name, group)
+                for name, group in sorted(groups.items())
+                if name not in ("loop", "ambi") and len(group) > 3
+            ]
     for number in range(count(hours["drums"])):
         name, kit = kits[number % len(kits)]
         jobs.append(Job(f"drums_{number:04d}", "percussion", name, partial(drums, sounds=kit)))
@@ -322,10 +331,16 @@ def run(jobs: list[Job], output: Path, seed: int, workers: int, title: str) -> N
         (output / "audio" / domain).mkdir(parents=True, exist_ok=True)
     left = [job for job in jobs if not (output / "jobs" / f"{job.name}.csv").exists()]
     left.sort(key=lambda job: zlib.crc32(job.name.encode()))  # a mixed order: times can be foretold
-    with get_context("spawn").Pool(workers) as pool:
-        work = pool.imap_unordered(partial(do, output=output, seed=seed), left)
-        for _ in tqdm(work, title, len(left), disable=None):
-            pass
+    work = partial(do, output=output, seed=seed)
+    with tqdm(total=len(left), desc=title, disable=None) as bar:
+        if workers == 1:
+            for job in left:
+                work(job)
+                bar.update()
+            return
+        with get_context("spawn").Pool(workers) as pool:
+            for _ in pool.imap_unordered(work, left):
+                bar.update()
 
 
 def table(rows: list[list[str]]) -> str:
@@ -371,8 +386,7 @@ def main(arguments=None) -> None:
     with folder_lock(output, "give another output folder, or wait for it"):
         unpacked = output / "unpacked"
         unpacked.mkdir(exist_ok=True)
-        names = sorted({package.name for package in RECORDED} | {SOUND_FONT.name})
-        folders = {name: unpack(name, packages, unpacked) for name in names}
+        folders = {name: unpack(name, packages, unpacked) for name in PACKAGES}
         check_held_out(folders)
         hours = {kind: hours * options.scale for kind, hours in RENDERED_HOURS.items()}
         settings = (output, options.seed, options.workers)

@@ -32,7 +32,7 @@ def at_level(wav: np.ndarray, decibels: float) -> np.ndarray:
 def to_16k(wav: np.ndarray, rate: int) -> np.ndarray:
     """Mono at 16 kHz of [samples] or [samples, channels]."""
     wav = wav.mean(1) if wav.ndim == 2 else wav
-    if rate != SAMPLE_RATE:
+    if rate != SAMPLE_RATE and len(wav):
         wav = resampler(rate)(torch.from_numpy(np.ascontiguousarray(wav, np.float32))).numpy()
     return wav.astype(np.float32)
 
@@ -181,7 +181,7 @@ def voices() -> tuple[list[str], list[str]]:
         ["espeak-ng", "--voices=variant"], capture_output=True, text=True, check=True
     )
     files = (line.split("!v/")[1].strip() for line in listed.stdout.splitlines()[1:])
-    names = sorted({file.split("  ")[0] for file in files} - HELD_OUT_VOICES)
+    names = sorted({file.split("  ")[0] for file in files} - set(HELD_OUT_VOICES))
     return languages, names
 
 
@@ -252,9 +252,8 @@ def room(rng) -> np.ndarray:
     tail = np.fft.irfft(spectrum / (1 + np.arange(len(spectrum)) / cutoff), size)
     tail *= rng.uniform(0.1, 1.0) / np.sqrt(np.square(tail).sum())
     for _ in range(int(rng.integers(3, 8))):
-        tail[rng.integers(16, max(17, min(size, 800)))] += rng.uniform(0.1, 0.5) * rng.choice(
-            [-1, 1]
-        )
+        place = rng.integers(16, max(17, min(size, 800)))
+        tail[place] += rng.uniform(0.1, 0.5) * rng.choice([-1, 1])
     tail[0] = 1.0
     return tail.astype(np.float32)
 

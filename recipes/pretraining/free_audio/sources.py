@@ -2,7 +2,7 @@
 
 Plain data. What is held out lies behind the valid and test clips of the six small labelled tasks
 (instrument, keywords, language, music, percussion, pitch) with which encoders of this corpus are
-compared: a track, a program, a voice, a prompt, a kit is in the corpus or in such a clip, never both.
+compared: a track, program, voice, prompt or kit is in the corpus or in such a clip, never in both.
 """
 
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ class Package:
     domain : str
         The folder of the corpus that its audio goes to.
     pattern : str
-        Regular expression to find in a file's path inside the package. Archives (.pk3, which are zip
-        files, and OpenTTD's .cat) are opened, and their members' paths follow theirs.
+        Regular expression to find in a file's path inside the package. Archives (.pk3, which are
+        zip files, and OpenTTD's .cat) are opened, and their members' paths follow theirs.
     joined : bool
         Short files: those with the same text in the pattern's first group (a speaker, a kit), if it
         has one, are joined in a random order before they are cut. Default False.
@@ -41,7 +41,11 @@ class Package:
     root: str = ""
 
 
-HELD_OUT_PROMPTS = tuple(
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+HELD_OUT_PROMPTS = _words(
     """
     agent-loggedoff agent-pass astcc-followed-by-the-pound-key cannot-complete-as-dialed
     conf-extended conf-getchannel conf-hasjoin conf-otherinparty conf-roll-callcomplete
@@ -61,24 +65,24 @@ HELD_OUT_PROMPTS = tuple(
     vm-incorrect-mailbox vm-isonphone vm-isunavail vm-leavemsg vm-login vm-num-i-have vm-onefor
     vm-onefor-full vm-repeat vm-saved vm-savedto vm-savefolder vm-star-cancel vm-starmain
     vm-tempremoved vm-theperson vm-tocancel vm-tomakecall vm-toreply
-    """.split()
+    """
 )
 
 # General MIDI programs, counted from 0
-HELD_OUT_PROGRAMS = frozenset(
-    (0, 2, 6, 10, 11, 16, 20, 21, 26, 28, 29, 33, 35, 38, 41, 42, 44, 48, 52, 54, 57, 61, 63, 66)
-    + (68, 69, 70, 71, 73, 74, 78, 80, 81, 85, 87, 108)
+HELD_OUT_PROGRAMS = (
+    *(0, 2, 6, 10, 11, 16, 20, 21, 26, 28, 29, 33, 35, 38, 41, 42, 44, 48, 52, 54, 57, 61, 63, 66),
+    *(68, 69, 70, 71, 73, 74, 78, 80, 81, 85, 87, 108),
 )
 DRUM_PRESETS = (0, 8, 16, 24, 25, 32, 40, 48)  # of the sound font: none is held out
 
 # espeak-ng's voice variants
-HELD_OUT_VOICES = frozenset(
+HELD_OUT_VOICES = _words(
     """
     Alicia Demonic Diogo Henrique Lee Marco Michael Nguyen RicishayMax RicishayMax2 RicishayMax3
     UniRobot anika announcer antonio belinda croak ed edward edward2 grandma gustave m1 m2 m3 m4
     m5 m6 m7 m8 robosoft robosoft2 robosoft3 robosoft4 robosoft5 robosoft6 robosoft7 robosoft8
     sandro steph steph2 steph3 zac
-    """.split()
+    """
 )
 
 KITS = ("ColomboAcousticDrumkit", "ElectricEmpireKit", "Millo_MultiLayered2", "circAfrique v4")
@@ -183,9 +187,7 @@ RECORDED = (
         r"Data/Sounds/((?:.*/)?)[^/]+\.ogg$",
         joined=True,
     ),
-    Package(
-        "sonic-pi-samples", "CC0 or MIT, by sample", "effects", r"/([^/_]+)_[^/]*\.flac$", True
-    ),
+    Package("sonic-pi-samples", "CC0 or MIT, by sample", "effects", r"/([^/_]+)_.*\.flac$", True),
     Package(
         "hydrogen-drumkits",
         "GPL-2, GPL-2+ or CC-BY-SA-3.0, by kit",
