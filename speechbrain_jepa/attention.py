@@ -86,7 +86,7 @@ def _flash_attn_lacks(device: torch.device, dtype: torch.dtype) -> str | None:
         )
     module = _flash_attn_module()
     if module is None:
-        return "but flash-attn is not installed: pip install 'speechbrain-jepa[flash]'"
+        return "but flash-attn is not installed: pip install --no-build-isolation flash-attn"
     least, capability = FLASH_ATTN[module.__name__], torch.cuda.get_device_capability(device)
     if capability < least:
         remedy = (
