@@ -6,7 +6,6 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import soundfile
 from tqdm import tqdm
 
@@ -89,7 +88,7 @@ def decode_once(
             except UnreadableAudio as error:
                 return path, error.reason
             with whole_file(out) as partial:
-                _write(partial, wav)
+                soundfile.write(partial, wav, SAMPLE_RATE, format="WAV", subtype="FLOAT")
                 os.utime(partial, ns=(changed, changed))
         return str(out), 0, samples, SAMPLE_RATE, samples, out.stat().st_size, changed
 
@@ -128,10 +127,3 @@ def _is_decoded(out: Path, samples: int, changed: int) -> bool:
         return read_header(out) == (samples, SAMPLE_RATE)
     except (OSError, UnreadableAudio):
         return False
-
-
-def _write(path: Path, wav: np.ndarray) -> None:
-    try:
-        soundfile.write(path, wav, SAMPLE_RATE, format="WAV", subtype="FLOAT")
-    except AssertionError as error:  # what soundfile makes of a write that falls short
-        raise OSError(None, "not all samples could be written") from error
