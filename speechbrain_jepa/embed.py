@@ -29,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 from speechbrain_jepa.data.clips import BATCH_SECONDS, find_audio, read_clips
-from speechbrain_jepa.data.manifest import SkippedFiles
+from speechbrain_jepa.data.skipped import SkippedFiles
 from speechbrain_jepa.encoder import NORMALIZATIONS, AudioJEPA
 from speechbrain_jepa.files import FolderInUse, folder_lock, whole_file, write_text
 

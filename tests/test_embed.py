@@ -137,7 +137,7 @@ def test_bad_files_are_listed_and_the_others_embedded(folder, audio, tmp_path, c
         os.path.basename(r["file"]): r["reason"] for r in read_table(tmp_path / "emb.skipped.csv")
     }
     assert sorted(skipped) == names
-    assert "cannot be decoded" in skipped["broken.flac"]
+    assert "cannot be opened" in skipped["broken.flac"]
     assert skipped["empty.wav"] == "holds no samples"
     assert skipped["nan.wav"] == "holds NaN or infinite samples"
     with np.load(tmp_path / "emb.npz") as arrays:

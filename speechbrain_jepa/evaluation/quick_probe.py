@@ -17,7 +17,8 @@ from speechbrain_jepa.data.clips import read_audio
 from speechbrain_jepa.data.crops import UnreadableAudio
 from speechbrain_jepa.evaluation.labelled import LabelledClips, read_labelled
 from speechbrain_jepa.evaluation.linear_probe.logistic import regress, rotated
-from speechbrain_jepa.features import N_FFT, SAMPLE_RATE, LogMelSpectrogram
+from speechbrain_jepa.evaluation.logmel import logmel_statistics
+from speechbrain_jepa.features import N_FFT, SAMPLE_RATE
 
 logger = logging.getLogger(__name__)
 
@@ -141,37 +142,6 @@ def embed_files(
     if not read:
         raise RuntimeError(f"none of {len(files)} files could be read, the first is {files[:1]}")
     return {name: [np.concatenate(rows) for rows in seeds] for name, seeds in parts.items()}, read
-
-
-@torch.inference_mode()
-def logmel_statistics(
-    wavs: Sequence[np.ndarray] | torch.Tensor, log_mel: LogMelSpectrogram | None = None
-) -> np.ndarray:
-    """Mean and deviation over time of each log-mel band: the baseline of any encoder.
-
-    Arguments
-    ---------
-    wavs : sequence of arrays [samples], or Tensor [n, samples]
-        At 16 kHz. Lengths may differ.
-    log_mel : LogMelSpectrogram, or None
-        None: a new one.
-
-    Returns
-    -------
-    array [n, 160], float32
-        80 means, then 80 deviations.
-
-    Example
-    -------
-    >>> logmel_statistics(torch.randn(2, 16_000)).shape
-    (2, 160)
-    """
-    log_mel = log_mel or LogMelSpectrogram()
-    rows = []
-    for wav in wavs:
-        spectrogram = log_mel(torch.as_tensor(wav)[None])[0]
-        rows.append(torch.cat([spectrogram.mean(1), spectrogram.std(1, correction=0)]))
-    return torch.stack(rows).numpy()
 
 
 def probe(train_x, train_y, test_x, test_y) -> float:

@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from speechbrain_jepa.data.clips import BATCH_SECONDS
-from speechbrain_jepa.data.manifest import SkippedFiles
+from speechbrain_jepa.data.skipped import SkippedFiles
 from speechbrain_jepa.evaluation.fixed_clips import read_fixed
 from speechbrain_jepa.evaluation.labelled import Features, LabelledClips
 from speechbrain_jepa.evaluation.sources import Source

@@ -9,10 +9,10 @@ import torch
 
 from speechbrain_jepa.data.demo import make_demo_corpus
 from speechbrain_jepa.evaluation.labelled import LabelledClips
+from speechbrain_jepa.evaluation.logmel import logmel_statistics
 from speechbrain_jepa.evaluation.quick_probe import (
     ProbeTable,
     embed_files,
-    logmel_statistics,
     probe,
     probe_table,
     quick_probe,

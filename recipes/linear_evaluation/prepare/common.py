@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from speechbrain_jepa.data.manifest import read_headers
+from speechbrain_jepa.data.scan import read_headers
 from speechbrain_jepa.evaluation.labelled import COLUMNS
 from speechbrain_jepa.files import folder_lock, whole_file, write_text
 

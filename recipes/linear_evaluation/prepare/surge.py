@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from speechbrain_jepa.data.manifest import list_audio
+from speechbrain_jepa.data.listing import list_audio
 
 from .common import Clip, Task, read_table, write_manifest
 
