@@ -11,7 +11,6 @@ from .common import Clip, Task, locate, write_manifest
 TASK = Task(
     name="cremad",
     source="https://github.com/CheyneyComputerScience/CREMA-D (AudioWAV/, with Git LFS)",
-    clip_seconds=2.5,
     classes=6,
     counts={"train": 5155, "valid": 732, "test": 1551},
 )

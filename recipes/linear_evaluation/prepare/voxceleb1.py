@@ -10,7 +10,6 @@ SPLIT_URL = "https://www.robots.ox.ac.uk/~vgg/data/voxceleb/meta/iden_split.txt"
 TASK = Task(
     name="voxceleb1",
     source=f"https://www.robots.ox.ac.uk/~vgg/data/voxceleb/vox1.html and {SPLIT_URL}",
-    clip_seconds=8.2,
     classes=1251,
     counts={"train": 138361, "valid": 6904, "test": 8251},
 )
