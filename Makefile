@@ -4,12 +4,12 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: quickstart test test-s3prl lint clean
+.PHONY: quickstart test test-s3prl lint docs wheel clean
 
 quickstart: $(VENV)/installed
 	$(RUN) train.py hparams/quickstart.yaml
 
-test: $(VENV)/installed lint
+test: $(VENV)/installed lint docs
 	$(RUN) -m pytest
 
 # The tests of the s3prl bridge with the packages s3prl was made for, in an environment of their own.
@@ -20,6 +20,22 @@ test-s3prl: $(VENV)/s3prl/installed
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+# The site, in build/site. A link to nowhere is an error
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet --strict
+
+# sdist and wheel in dist/. The wheel is tried in an environment that sees the dependencies of $(VENV)
+wheel: $(VENV)/installed
+	rm -rf dist $(VENV)/wheel
+	$(RUN) -m build --outdir dist . > /dev/null
+	$(PYTHON) -m venv $(VENV)/wheel
+	$(VENV)/wheel/bin/python -m pip install --quiet --no-deps dist/*.whl
+	cd $(VENV)/wheel && echo "$$(../bin/python -c 'import site; print(site.getsitepackages()[0])')" > \
+		$$(bin/python -c 'import site; print(site.getsitepackages()[0])')/dependencies.pth
+	cd $(VENV)/wheel && bin/python -c 'import speechbrain_jepa as p; assert "wheel" in p.__file__, p.__file__; p.AudioJEPA'
+	cd $(VENV)/wheel && bin/python -m speechbrain_jepa.embed --help > /dev/null
+	cd $(VENV)/wheel && bin/speechbrain-jepa export --help > /dev/null
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(None if (3, 10) <= sys.version_info < (3, 13) else \

@@ -8,14 +8,19 @@ Every line of the yaml is an option; SpeechBrain's run options (--device, --prec
 work as everywhere. Started again with the same command, a run continues where it was stopped.
 """
 
+import contextlib
+import inspect
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import speechbrain as sb
 import torch
+import yaml
 from hyperpyyaml import load_hyperpyyaml
-from speechbrain.utils.distributed import main_process_only, run_on_main
+from speechbrain.utils.checkpoints import torch_recovery
+from speechbrain.utils.distributed import if_main_process, main_process_only, run_on_main
 from speechbrain.utils.logger import get_logger
 from torch.distributed import get_rank, get_world_size, is_initialized
 
@@ -27,14 +32,37 @@ from speechbrain_jepa.data import (
     Manifest,
     SkippedFiles,
     crop_loader,
+    cut_segments,
     decode_once,
     make_demo_corpus,
     read_csv,
     scan_folder,
     split_held_out,
 )
+from speechbrain_jepa.files import folder_lock
 
 logger = get_logger("speechbrain_jepa.train")
+
+RUN_OPTIONS = (  # of SpeechBrain's, those that change what is learned
+    "precision",
+    "eval_precision",
+    "grad_accumulation_factor",
+    "optimizer_step_limit",
+    "max_grad_norm",
+    "nonfinite_patience",
+    "remove_vector_weight_decay",
+)
+
+
+def add_run_options(overrides, run_opts, hparams_file):
+    """Run options given on the command line also replace their line of the yaml, if it has one.
+
+    What refers to that line follows (eval_precision to precision), and hyperparams.yaml says what
+    ran.
+    """
+    lines = re.findall(r"^(\w+):", Path(hparams_file).read_text(encoding="utf-8"), re.MULTILINE)
+    given = {name: run_opts[name] for name in lines if name in run_opts.overridden_args}
+    return "\n".join([overrides, yaml.safe_dump(given) if given else ""]).strip()
 
 
 def prepare_manifests(hparams):
@@ -49,12 +77,15 @@ def prepare_manifests(hparams):
         hparams["valid_share"],
         hparams["max_valid"],
         data_folder=hparams["data_folder"] or "",
+        crop_frames=hparams["crop_frames"],
     )
     cache_folder = Path(hparams["cache_folder"])
     for name, items in zip(("train", "valid"), parts):
         part = manifest.subset(items)
         if hparams["decode_once"]:
             part = decode_once(part, hparams["data_folder"], cache_folder / "decoded", skipped)
+        if name == "valid":
+            part = cut_segments(part, hparams["crop_frames"])
         part.save(cache_folder / name)
 
 
@@ -80,8 +111,13 @@ def make_loaders(hparams):
 
 
 @main_process_only
-def measure_normalization(hparams, dataset):
-    """Mean and deviation of the log-mel of random training crops, unless the yaml gives them."""
+def find_normalization(hparams, dataset):
+    """The pair of the checkpoint that is gone on from, or the yaml's, or that of random crops."""
+    checkpoint = hparams["checkpointer"].find_checkpoint()
+    if checkpoint is not None and "normalization" in checkpoint.paramfiles:
+        normalization = hparams["normalization"]
+        torch_recovery(normalization, checkpoint.paramfiles["normalization"], end_of_epoch=True)
+        return normalization.mean.item(), normalization.std.item()
     if hparams["norm_mean"] is not None and hparams["norm_std"] is not None:
         return hparams["norm_mean"], hparams["norm_std"]
     normalization, features = hparams["normalization"], hparams["features"]
@@ -92,8 +128,21 @@ def measure_normalization(hparams, dataset):
     return normalization.mean.item(), normalization.std.item()
 
 
-def describe_training(hparams):
-    """What the model card says about how the encoder was trained: every plain value of the yaml."""
+def describe_object(thing):
+    """Name of its class, and what its constructor was given in numbers and words."""
+    settings = {"class": type(thing).__name__}
+    for name in inspect.signature(type(thing)).parameters:
+        value = getattr(thing, name, None)
+        if isinstance(value, (list, tuple)):
+            value = list(value)
+        if isinstance(value, (str, int, float, bool, list)):
+            settings[name] = value
+    return settings
+
+
+def describe_training(hparams, brain):
+    """What the model card says about how the encoder was trained, by what runs: the plain values of
+    the yaml, the run options as the brain has them, and the objects' own numbers."""
     plain = (str, int, float, bool, type(None))
     places = ("data_folder", "train_csv", "output_folder", "save_folder", "cache_folder")
     training = {
@@ -101,9 +150,20 @@ def describe_training(hparams):
         for name, value in hparams.items()
         if isinstance(value, plain) and not name.startswith("_") and name not in places
     }
-    objects = {name: hparams.get(name) for name in ("masking", "regularizer")}
-    names = {name: type(value).__name__ for name, value in objects.items() if value is not None}
-    return {**names, **training}
+    objects = {
+        "loss": brain.jepa.loss,
+        "masking": hparams["masking"],
+        "learning_rate_schedule": hparams["learning_rate_schedule"],
+        "ema_schedule": hparams["ema_schedule"],
+        "regularizer": brain.jepa.regularizer,
+    }
+    return {
+        **{name: describe_object(thing) for name, thing in objects.items() if thing is not None},
+        "global_batch": brain.global_batch,
+        "processes": brain.world_size,
+        **training,
+        **{name: getattr(brain, name) for name in RUN_OPTIONS},
+    }
 
 
 @main_process_only
@@ -114,19 +174,12 @@ def finish(hparams, brain):
         return
     pretrained = export_experiment(output_folder, output_folder / "pretrained")
     logger.info(f"Pretrained encoder: {pretrained}")
-    if "after_training" in hparams:
+    if hparams.get("after_training") is not None:
         hparams["after_training"](hparams, pretrained)
 
 
-if __name__ == "__main__":
-    hparams_file, run_opts, overrides = sb.parse_arguments(sys.argv[1:])
-    if not torch.cuda.is_available():
-        given = run_opts.overridden_args | {"distributed_backend"}
-        run_opts = replace(run_opts, distributed_backend="gloo", overridden_args=given)
-    sb.utils.distributed.ddp_init_group(run_opts)
-    with open(hparams_file, encoding="utf-8") as file:
-        hparams = load_hyperpyyaml(file, overrides)
-
+def pretrain(hparams, hparams_file, run_opts, overrides):
+    """The whole run, in an output folder that nobody else works in."""
     sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
 
     if hparams["online_probe_csv"] is not None:
@@ -141,7 +194,7 @@ if __name__ == "__main__":
         logger.info(f"Demo corpus: {hparams['data_folder']}")
     run_on_main(prepare_manifests, [hparams])
     train_loader, valid_loader = make_loaders(hparams)
-    hparams["normalization"].set(*measure_normalization(hparams, train_loader.dataset))
+    hparams["normalization"].set(*find_normalization(hparams, train_loader.dataset))
     hparams["skipped_files"] = SkippedFiles(Path(hparams["cache_folder"]) / "skipped.csv")
     if hparams["use_tensorboard"]:
         from speechbrain.utils.train_logger import TensorboardLogger
@@ -160,8 +213,30 @@ if __name__ == "__main__":
         {
             "encoder": hparams["encoder"],
             "normalization": hparams["normalization"],
-            "training": describe_training(hparams),
+            "training": describe_training(hparams, brain),
         },
     )
     brain.fit(hparams["epoch_counter"], train_loader, valid_loader)
     finish(hparams, brain)
+
+
+if __name__ == "__main__":
+    hparams_file, run_opts, overrides = sb.parse_arguments(sys.argv[1:])
+    if not torch.cuda.is_available():
+        given = run_opts.overridden_args | {"distributed_backend"}
+        run_opts = replace(run_opts, distributed_backend="gloo", overridden_args=given)
+    overrides = add_run_options(overrides, run_opts, hparams_file)
+    sb.utils.distributed.ddp_init_group(run_opts)
+    with open(hparams_file, encoding="utf-8") as file:
+        hparams = load_hyperpyyaml(file, overrides)
+    with contextlib.ExitStack() as stack:
+        if if_main_process():
+            stack.enter_context(
+                folder_lock(
+                    hparams["output_folder"],
+                    fix="wait for that run, end it (after a torchrun that was killed, its "
+                    "processes go on), or name another --output_folder",
+                )
+            )
+            hparams["checkpointer"].remove_leftovers()
+        pretrain(hparams, hparams_file, run_opts, overrides)

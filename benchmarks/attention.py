@@ -14,7 +14,7 @@ import time
 
 import torch
 
-from speechbrain_jepa.attention import Rows, _flash_attn_module
+from speechbrain_jepa.attention import Rows, choose_backend
 
 ROWS = {  # tokens, heads, dims of a head
     "context, 208 frames": (26, 12, 64),
@@ -30,11 +30,8 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def backends(device: str, dtype: torch.dtype) -> dict[str, str]:
     """Names in the table and what to ask `Rows` for."""
     names = {"sdpa": "sdpa"}
-    if device == "cpu" and dtype != torch.float32:
-        names["matmul"] = "auto"
-    if device == "cuda" and dtype != torch.float32 and _flash_attn_module() is not None:
-        names["flash_attn"] = "flash_attn"
-    return names
+    fastest = choose_backend("auto", torch.device(device), dtype)
+    return names | {fastest: "auto"}
 
 
 def forward_backward(attention, batch, tokens, heads, head_dim, masked, device, dtype):

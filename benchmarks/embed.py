@@ -20,6 +20,10 @@ from speechbrain_jepa.vit import Encoder, PatchGrid
 
 SIZES = {"ViT-Tiny": (192, 12, 3), "ViT-Base": (768, 12, 12)}  # dims, layers, heads
 CLIP_SECONDS = 10
+PRODUCT = {  # a GPU needs a larger one to show its rate
+    "cpu": ((4096, 768), (768, 3072)),
+    "cuda": ((8192, 8192), (8192, 8192)),
+}
 
 
 def product_flops(model: AudioJEPA, samples: int) -> float:
@@ -69,7 +73,7 @@ def main():
             dtype = PRECISIONS[precision]
             left, right = (
                 torch.randn(shape, device=args.device, dtype=dtype or torch.float32)
-                for shape in ((4096, 768), (768, 3072))
+                for shape in PRODUCT[args.device]
             )
 
             def embed(model=model, dtype=dtype):

@@ -2,6 +2,7 @@
 
     python benchmarks/probe.py
     python benchmarks/probe.py --shape nsynth
+    python benchmarks/probe.py --device cuda --probes ours plain
 
 Synthetic features in the shape of ESC-50 (2000 x 3840, 50 classes, 5 folds x 5 seeds) or of a tenth
 of NSynth (28 920 x 3840, 11 classes, one split). The plain probe is what one writes first: for each
@@ -9,7 +10,7 @@ fold and seed a DataLoader, an nn.Linear and torch.optim.Adam, with the same pro
 batch 200, at most 200 epochs, patience 20 on validation accuracy). It is slow: `--plain_trials` of
 the trainings are timed, spread evenly, and the total is theirs times the share they are of all.
 CPU seconds are those of all threads: they say more where the machine does other things as well.
-Memory is the peak of the process, each probe in a process of its own.
+Memory is the peak of the process, each probe in a process of its own, without that of a GPU.
 """
 
 import argparse
@@ -22,9 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from speechbrain_jepa.evaluation.labelled import LabelledClips
+from speechbrain_jepa.evaluation.labelled import Features, LabelledClips
 from speechbrain_jepa.evaluation.linear_probe import Protocol, probe
-from speechbrain_jepa.evaluation.store import Features
 
 DIMS, CAUSES = 3840, 64  # embeddings are a few independent causes, mixed, and noise
 SHAPES = {  # clips, classes, folds, seeds, distance of classes
@@ -67,20 +67,20 @@ def standardised(features: Features, rows) -> list[torch.Tensor]:
     return [torch.from_numpy((part - mean) / deviation) for part in parts]
 
 
-def plain_training(features, clips, seed, rows, protocol: Protocol) -> tuple[float, int]:
+def plain_training(features, clips, seed, rows, protocol: Protocol, device) -> tuple[float, int]:
     """One training as one writes it first: test accuracy and epochs."""
     from torch.utils.data import DataLoader, TensorDataset
 
     torch.manual_seed(seed)
     parts = (rows.train, rows.valid, rows.test)
     sets = [
-        TensorDataset(x, clips.targets[part])
+        TensorDataset(x.to(device), clips.targets[part].to(device))
         for x, part in zip(standardised(features, rows), parts)
     ]
     train, valid, test = (
         DataLoader(part, batch_size=protocol.batch_size, shuffle=part is sets[0]) for part in sets
     )
-    model = torch.nn.Linear(DIMS, len(clips.classes))
+    model = torch.nn.Linear(DIMS, len(clips.classes)).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=protocol.learning_rate)
 
     def accuracy(loader):
@@ -109,7 +109,7 @@ def ours(features, clips, seeds, args, kind="paper", precision="auto"):
     if kind == "logistic":
         protocol = Protocol(kind, neighbours=0, inverse_penalties=(args.inverse_penalty,))
     start = time.perf_counter()
-    outcomes = probe(features, clips, range(seeds), protocol)
+    outcomes = probe(features, clips, range(seeds), protocol, device=args.device)
     seconds = time.perf_counter() - start
     trainings = len(outcomes)
     return (
@@ -125,7 +125,9 @@ def plain(features, clips, seeds, args):
     chosen = trials[:: max(len(trials) // args.plain_trials, 1)][: args.plain_trials]
     protocol = Protocol(epochs=args.epochs)
     start = time.perf_counter()
-    scores, epochs = zip(*(plain_training(features, clips, *trial, protocol) for trial in chosen))
+    scores, epochs = zip(
+        *(plain_training(features, clips, *trial, protocol, args.device) for trial in chosen)
+    )
     seconds = (time.perf_counter() - start) * len(trials) / len(chosen)
     return seconds, scores, sum(epochs), len(chosen)
 
@@ -179,6 +181,7 @@ def measure(name, args, path, clips, queue) -> None:
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="esc50")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--seeds", type=int, help="default: 5 of esc50, 1 of nsynth")
     parser.add_argument("--probes", nargs="+", choices=PROBES, default=list(PROBES))
     parser.add_argument("--plain_trials", type=int, default=5)

@@ -10,6 +10,7 @@ matrix products and their backward, several times faster there than sdpa's tiled
 
 import importlib
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,10 @@ CHOICES = ("auto", "flash_attn", "sdpa")
 LONGEST_MATMUL_ROW = 128  # tokens: above, the K x K scores outgrow the cache and sdpa wins
 SHORTEST_HALF_SOFTMAX_ROW = 64  # tokens: below, softmax is faster in float32, copies included
 HALF = (torch.float16, torch.bfloat16)
+FLASH_ATTN = {  # modules that serve, best first: least compute capability of the backward pass
+    "flash_attn.flash_attn_interface": (8, 0),
+    "flash_attn.cute": (9, 0),
+}
 
 
 def check_attention(attention: str) -> None:
@@ -30,7 +35,7 @@ def check_attention(attention: str) -> None:
 @cache
 def _flash_attn_module():
     """flash-attn 2.x where installed, else its CuTe version (flash-attn-4), else None."""
-    for name in ("flash_attn.flash_attn_interface", "flash_attn.cute"):
+    for name in FLASH_ATTN:
         try:
             return importlib.import_module(name)
         except ImportError:
@@ -46,9 +51,9 @@ def choose_backend(
     Arguments
     ---------
     attention : str
-        "sdpa", "flash_attn" or "auto": flash-attn when it is installed and the tensors are in
-        half precision on a CUDA device, matmul for short rows in half precision on a CPU, else
-        sdpa.
+        "sdpa", "flash_attn" or "auto": flash-attn when it is installed, can train on this GPU
+        (compute capability 8.0, 9.0 for its CuTe version) and the tensors are in half precision,
+        matmul for short rows in half precision on a CPU, else sdpa.
 
     Raises
     ------
@@ -63,21 +68,63 @@ def choose_backend(
     check_attention(attention)
     if attention == "sdpa":
         return "sdpa"
-    fits = device.type == "cuda" and dtype in HALF
-    if fits and _flash_attn_module() is not None:
+    missing = _flash_attn_lacks(device, dtype)
+    if missing is None:
         return "flash_attn"
-    if attention == "auto":
-        short = device.type == "cpu" and dtype in HALF and row_length <= LONGEST_MATMUL_ROW
-        return "matmul" if short else "sdpa"
-    if not fits:
-        raise ValueError(
-            f"attention=flash_attn needs half precision on a CUDA device, got {dtype} on {device}: "
-            "use --precision bf16 --device cuda, or attention=auto"
+    if attention == "flash_attn":
+        raise ValueError(f"attention=flash_attn {missing}, or use attention=auto")
+    short = device.type == "cpu" and dtype in HALF and row_length <= LONGEST_MATMUL_ROW
+    return "matmul" if short else "sdpa"
+
+
+def _flash_attn_lacks(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What flash-attn needs and what to do about it; None where it can serve."""
+    if device.type != "cuda" or dtype not in HALF:
+        return (
+            f"needs half precision on a CUDA device, got {dtype} on {device}: "
+            "use --precision bf16 --device cuda"
         )
-    raise ValueError(
-        "attention=flash_attn, but flash-attn is not installed: "
-        "pip install 'speechbrain-jepa[flash]', or use attention=auto"
-    )
+    module = _flash_attn_module()
+    if module is None:
+        return "but flash-attn is not installed: pip install --no-build-isolation flash-attn"
+    least, capability = FLASH_ATTN[module.__name__], torch.cuda.get_device_capability(device)
+    if capability < least:
+        remedy = (
+            "install flash-attn 2, which does from 8.0 on" if capability >= (8, 0) else "use sdpa"
+        )
+        return (
+            f"but {module.__name__} has no backward pass below compute capability "
+            f"{least[0]}.{least[1]}, and {device} has {capability[0]}.{capability[1]}: {remedy}"
+        )
+    return None
+
+
+class Packing(NamedTuple):
+    """Where the tokens that count are in padded rows [B, K], when rows are packed end to end."""
+
+    place: Tensor  # [tokens], int64, ascending: their places in the padded rows, flattened
+    starts: Tensor  # [B + 1], int32: where each row begins among the tokens, and the end
+
+    @staticmethod
+    def of(valid: Tensor, tokens: int | None = None) -> "Packing":
+        """
+        Arguments
+        ---------
+        valid : Tensor [B, K], bool
+        tokens : int or None
+            How many there are. None asks the device, which the host then waits for.
+
+        Example
+        -------
+        >>> Packing.of(torch.tensor([[True, False], [True, True]]), tokens=3)
+        Packing(place=tensor([0, 2, 3]), starts=tensor([0, 1, 3], dtype=torch.int32))
+        """
+        flat = valid.flatten()
+        if tokens is None:
+            place = flat.nonzero().squeeze(1)
+        else:
+            place = flat.logical_not().byte().argsort(stable=True)[:tokens]
+        return Packing(place, F.pad(valid.sum(1).cumsum(0, dtype=torch.int32), (1, 0)))
 
 
 class Rows:
@@ -94,6 +141,8 @@ class Rows:
         Only shape, device and dtype are used.
     valid : Tensor [B, K], bool, or None
         False marks padding. None: every token counts.
+    packing : Packing or None
+        Of `valid`, where it is known. None: worked out if the backend packs.
 
     Example
     -------
@@ -104,7 +153,13 @@ class Rows:
     torch.Size([2, 3, 8])
     """
 
-    def __init__(self, attention: str, tokens: Tensor, valid: Tensor | None = None):
+    def __init__(
+        self,
+        attention: str,
+        tokens: Tensor,
+        valid: Tensor | None = None,
+        packing: Packing | None = None,
+    ):
         self.backend = choose_backend(
             attention, tokens.device, tokens.dtype, row_length=tokens.shape[1]
         )
@@ -113,8 +168,7 @@ class Rows:
         self.key_mask = None
         if self.packed:
             self.shape = valid.shape
-            self.place = valid.flatten().nonzero().squeeze(1)
-            self.starts = F.pad(valid.sum(1).cumsum(0, dtype=torch.int32), (1, 0))
+            self.place, self.starts = Packing.of(valid) if packing is None else packing
         elif valid is not None:
             # a row without any valid token would make softmax divide 0 by 0: let it see itself
             some = valid | ~valid.any(1, keepdim=True)

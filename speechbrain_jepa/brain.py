@@ -1,7 +1,9 @@
 """The pretraining loop as a SpeechBrain Brain: it moves data and steps, and owns no model code."""
 
 import logging
-import time
+import os
+import platform
+import shutil
 from pathlib import Path
 
 import speechbrain as sb
@@ -9,6 +11,8 @@ import torch
 import yaml
 from speechbrain.core import AMPConfig
 from speechbrain.utils.checkpoints import (
+    CKPT_PREFIX,
+    METAFNAME,
     Checkpoint,
     Checkpointer,
     mark_as_loader,
@@ -19,9 +23,11 @@ from speechbrain.utils.distributed import ddp_barrier, if_main_process, main_pro
 from speechbrain.utils.logger import get_logger
 
 from speechbrain_jepa.attention import choose_backend
+from speechbrain_jepa.files import PARTIAL, full_disk_named, remove_partials, sync
 from speechbrain_jepa.masking import PatchMasks
 from speechbrain_jepa.monitors import (
     CollapseAlarm,
+    Interval,
     MetricsTable,
     PatchStatistics,
     effective_rank,
@@ -42,6 +48,8 @@ TRAIN_COLUMNS = (
     "memory_gib",
     "nonfinite_steps",
 )
+# what oneDNN can be held to (ONEDNN_MAX_CPU_ISA) that multiplies bfloat16 natively
+NATIVE_BF16_ISA = ("DEFAULT", "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX")
 VALID_COLUMNS = ("loss", "target_deviation", "embedding_deviation", "embedding_rank")
 
 
@@ -56,8 +64,22 @@ def default_precision(device: str | None = None) -> str:
     device = device or sb.utils.distributed.infer_device()
     if device.startswith("cuda"):
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    native = device == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return "bf16" if native else "fp32"
+    return "bf16" if device == "cpu" and _cpu_multiplies_bf16() else "fp32"
+
+
+def _cpu_multiplies_bf16() -> bool:
+    """Whether oneDNN multiplies bfloat16 in hardware.
+
+    On x86 its own answer is yes from AVX-512 on, where it converts to float32 and back: several
+    times slower than float32 itself.
+    """
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "DEFAULT"
+    allowed = limit.upper() in NATIVE_BF16_ISA or limit.upper().startswith("AVX10")
+    return allowed and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 class AtomicCheckpointer(Checkpointer):
@@ -68,17 +90,39 @@ class AtomicCheckpointer(Checkpointer):
     under another prefix, which recovery ignores, and renamed at the end.
     """
 
-    PARTIAL = "PARTIAL-"
-
     def save_checkpoint(self, meta=None, end_of_epoch=True, name=None, verbosity=logging.INFO):
-        """As in the base class."""
-        if if_main_process():
-            for leftover in self.checkpoints_dir.glob(f"{self.PARTIAL}*"):
-                self._delete_directory(leftover)
-        partial = super().save_checkpoint(meta or {}, end_of_epoch, name, logging.DEBUG)
+        """As in the base class; a full disk is said by name, and gets its space back."""
+        self.remove_leftovers()
+        try:
+            with full_disk_named(self.checkpoints_dir):
+                partial = super().save_checkpoint(meta or {}, end_of_epoch, name, logging.DEBUG)
+                ddp_barrier()  # every process writes its epoch counter
+                if partial is not None:  # on the main process
+                    for file in partial.path.iterdir():
+                        sync(file)
+        except (OSError, RuntimeError):
+            self.remove_leftovers()
+            raise
         final = self._move_into_place(partial, verbosity)
         ddp_barrier()  # nobody looks for checkpoints before the new one is there
         return final
+
+    def remove_leftovers(self) -> None:
+        """Remove what killed processes left: unfinished checkpoints, and half-deleted ones.
+
+        A half-deleted checkpoint lacks its CKPT.yaml, or is older than the newest and lacks a
+        file that the newest has.
+        """
+        if not if_main_process():
+            return
+        remove_partials(self.checkpoints_dir)
+        newest = self.find_checkpoint()
+        needed = {METAFNAME}
+        if newest is not None:
+            needed |= {path.name for path in newest.paramfiles.values()}
+        for folder in self.checkpoints_dir.glob(f"{CKPT_PREFIX}+*/"):
+            if needed - {path.name for path in folder.iterdir()}:
+                shutil.rmtree(folder)
 
     @main_process_only
     def delete_checkpoints(self, *args, **kwargs):
@@ -92,9 +136,9 @@ class AtomicCheckpointer(Checkpointer):
     def _move_into_place(self, partial: Checkpoint | None, verbosity: int) -> Checkpoint | None:
         if partial is None:  # not the main process
             return None
-        final = partial.path.with_name(partial.path.name.removeprefix(self.PARTIAL))
+        final = partial.path.with_name(partial.path.name.removeprefix(PARTIAL))
         if final.exists():  # a checkpoint saved again under a custom name
-            self._delete_directory(final)
+            shutil.rmtree(final)
         partial.path.rename(final)
         logger.log(verbosity, f"Saved a checkpoint in {final}")
         paramfiles = {name: final / path.name for name, path in partial.paramfiles.items()}
@@ -107,13 +151,7 @@ class AtomicCheckpointer(Checkpointer):
         return self._partial(super()._custom_checkpoint_dirpath(name))
 
     def _partial(self, path: Path) -> Path:
-        return path.with_name(self.PARTIAL + path.name)
-
-    @staticmethod
-    def _delete_directory(path: Path) -> None:
-        for file in path.iterdir():
-            file.unlink()
-        path.rmdir()
+        return path.with_name(PARTIAL + path.name)
 
 
 @register_checkpoint_hooks
@@ -167,7 +205,7 @@ class JEPABrain(sb.Brain):
         self.metrics = MetricsTable(Path(self.hparams.output_folder) / "metrics.csv", columns)
         self.nonfinite_streak = 0
         self.nonfinite_total = 0
-        self.interval = _Interval()
+        self.interval = Interval()
 
     # Before the loop
 
@@ -213,7 +251,10 @@ class JEPABrain(sb.Brain):
         if stage == sb.Stage.TRAIN:
             # after a resume `step` says how many of this epoch's batches were done
             self.train_set.batch_sampler.set_epoch(epoch, batches_done=self.step)
-            self.interval.restart()
+            if self.step:
+                self.interval.resume()
+            else:
+                self.interval.restart()
         else:
             num_patches = self.jepa.context_encoder.grid.num_patches
             self.target_statistics = PatchStatistics(num_patches)
@@ -270,7 +311,8 @@ class JEPABrain(sb.Brain):
             self.optimizers_step()
         self.on_fit_batch_end(batch, output, loss, should_step)
         loss = loss.detach().float().cpu()
-        self.interval.batch_done(len(batch), loss.item(), output.parts)
+        parts = {name: part.item() for name, part in output.parts.items()}
+        self.interval.batch_done(len(batch), loss=loss.item(), **parts)
         if should_step and self.optimizer_step % self.hparams.log_interval == 0:
             self._log_interval()
         return loss
@@ -370,7 +412,15 @@ class JEPABrain(sb.Brain):
         batches = len(self.valid_parts)
         parts = {name: sum(p[name] for p in self.valid_parts) / batches for name in self.parts}
         self._log("valid", {"loss": float(stage_loss), **monitors, **parts, **self._probe(epoch)})
-        for fallen in self.alarm.check(monitors):
+        first_check = not self.alarm.start
+        fallen_values = self.alarm.check(monitors)
+        if first_check and self.alarm.blind():
+            logger.warning(
+                f"The collapse alarm is blind: {' and '.join(self.alarm.blind())}, too low for a "
+                f"fall to {self.alarm.share:.0%} of it. There are {len(self.valid_set.dataset)} "
+                "validation clips: raise valid_share (max_valid), or give more or longer files."
+            )
+        for fallen in fallen_values:
             logger.warning(
                 f"COLLAPSE? {fallen}, under {self.alarm.share:.0%} of its start. What to try: a "
                 "regularizer (speechbrain_jepa.regularizers.VarianceCovariance in the yaml); a "
@@ -400,6 +450,7 @@ class JEPABrain(sb.Brain):
         return super()._should_save_intra_epoch_ckpt(last_ckpt_time, steps_since_ckpt)
 
     @mark_as_saver
+    @main_process_only
     def _save(self, path):
         state = {
             "step": self.step,
@@ -408,6 +459,7 @@ class JEPABrain(sb.Brain):
             "nonfinite_streak": self.nonfinite_streak,
             "nonfinite_total": self.nonfinite_total,
             "alarm_start": self.alarm.start,
+            "interval": self.interval.state(),
         }
         with open(path, "w", encoding="utf-8") as file:
             yaml.safe_dump(state, file)
@@ -417,51 +469,6 @@ class JEPABrain(sb.Brain):
         with open(path, encoding="utf-8") as file:
             state = yaml.safe_load(file)
         self.alarm.start = state.pop("alarm_start")
+        self.interval.load(state.pop("interval"))
         for name, value in state.items():
             setattr(self, name, value)
-
-
-class _Interval:
-    """Sums since the last report."""
-
-    def __init__(self):
-        self.restart()
-
-    def restart(self):
-        self.began = self.idle_since = time.perf_counter()
-        self.waited = 0.0
-        self.clips = self.steps = self.batches = self.finite = 0
-        self.loss = 0.0
-        self.parts = {}
-        self.latest = {}
-
-    def batch_arrived(self):
-        self.waited += time.perf_counter() - self.idle_since
-
-    def batch_done(self, clips: int, loss: float, parts: dict):
-        self.clips += clips
-        self.batches += 1
-        if loss - loss == 0:  # finite
-            self.finite += 1
-            self.loss += loss
-            for name, part in parts.items():
-                self.parts[name] = self.parts.get(name, 0.0) + part.item()
-        self.idle_since = time.perf_counter()
-
-    def stepped(self, **latest):
-        self.steps += 1
-        self.latest = latest
-
-    def close(self, world_size: int) -> dict:
-        """Averages of this interval; the next one begins."""
-        elapsed = time.perf_counter() - self.began
-        finite = self.finite or float("nan")
-        stats = {
-            "loss": self.loss / finite,
-            **{name: part / finite for name, part in self.parts.items()},
-            "clips_per_second": self.clips * world_size / elapsed,
-            "data_wait": self.waited / elapsed,
-            **self.latest,
-        }
-        self.restart()
-        return stats

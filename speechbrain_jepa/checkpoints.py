@@ -9,21 +9,34 @@ Loading reads JSON and safetensors (or, from an experiment folder, a state dict 
 weights_only=True) and runs no code from the folder.
 """
 
+import errno
 import json
+import math
 import re
-import shutil
-import uuid
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from speechbrain_jepa import features
 from speechbrain_jepa.features import Normalization
-from speechbrain_jepa.vit import Encoder, PatchGrid
+from speechbrain_jepa.files import whole_folder, write_text
+from speechbrain_jepa.model_card import HYPERPARAMS_TEXT, model_card
+from speechbrain_jepa.untrusted import (
+    Weights,
+    build_encoder,
+    check_finite,
+    checked_encoder,
+    checked_normalization,
+    read_json,
+    read_safetensors,
+    read_state_dict,
+    short,
+)
+from speechbrain_jepa.vit import Encoder
 
 FORMAT_VERSION = 1
 MODEL_TYPE = "audio_jepa"
@@ -92,9 +105,7 @@ def write_config(path, encoder: Encoder, normalization: Normalization, training:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _beside(path)
-    partial.write_text(_json(describe(encoder, normalization, training)), encoding="utf-8")
-    partial.replace(path)
+    write_text(path, _json(describe(encoder, normalization, training)))
 
 
 def save_pretrained(
@@ -103,7 +114,7 @@ def save_pretrained(
     """Write a pretrained folder.
 
     It is written under another name and renamed when complete. A pretrained folder that is already
-    there is replaced as a whole.
+    there is replaced as a whole. What a killed process left of writing it is removed first.
 
     Arguments
     ---------
@@ -122,9 +133,16 @@ def save_pretrained(
     ------
     FileExistsError
         If `folder` holds anything but a pretrained folder: nothing else is ever deleted.
+    FolderInUse
+        If another process is writing it.
+    ValueError
+        If a weight or the normalisation is NaN or infinite.
+    OSError
+        If the disk is full: the message names it.
 
     Example
     -------
+    >>> from speechbrain_jepa.vit import PatchGrid
     >>> encoder = Encoder(PatchGrid(frames=208), dim=48, depth=2, num_heads=3)
     >>> folder = save_pretrained(
     ...     getfixture("tmp_path") / "tiny", encoder, Normalization(-7.06, 4.19), {"steps": 0}
@@ -135,9 +153,8 @@ def save_pretrained(
     >>> loaded.grid.num_patches, config["training"]
     (65, {'steps': 0})
     """
-    return _write_folder(
-        folder, describe(encoder, normalization, training or {}), encoder.state_dict()
-    )
+    check_finite(encoder, folder)
+    return _write_folder(folder, describe(encoder, normalization, training or {}), encoder)
 
 
 def export_experiment(experiment_folder, out, which: str = "context") -> Path:
@@ -157,34 +174,33 @@ def export_experiment(experiment_folder, out, which: str = "context") -> Path:
     Path
         The pretrained folder.
     """
-    config, state = _read_experiment(Path(experiment_folder), which)
-    _build(config, state, experiment_folder)  # what cannot be loaded is not exported
-    return _write_folder(out, config, state)
+    config, path, weights = _read_experiment(Path(experiment_folder), which)
+    encoder, _ = _build(config, path, weights)  # what cannot be loaded is not exported
+    return _write_folder(out, config, encoder)
 
 
-def _write_folder(folder, config: dict, state: dict) -> Path:
+def _write_folder(folder, config: dict, encoder: Encoder) -> Path:
     folder = Path(folder)
     _check_replaceable(folder)
     state = {
         name: tensor.detach().to("cpu", torch.float32).contiguous()
-        for name, tensor in state.items()
+        for name, tensor in encoder.state_dict().items()
     }
-    partial, replaced = _beside(folder), _beside(folder)
-    partial.mkdir(parents=True)
-    try:
+    parameters = sum(tensor.numel() for tensor in state.values())
+    with whole_folder(folder) as partial:
         (partial / CONFIG).write_text(_json(config), encoding="utf-8")
-        save_file(state, partial / WEIGHTS, metadata={"format": "pt"})
-        (partial / HYPERPARAMS).write_text(_HYPERPARAMS, encoding="utf-8")
-        (partial / CARD).write_text(_model_card(config, state), encoding="utf-8")
-        if folder.exists():
-            folder.rename(replaced)
-        partial.rename(folder)
-    finally:
-        if replaced.exists() and not folder.exists():
-            replaced.rename(folder)
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
+        _save_safetensors(state, partial / WEIGHTS)
+        (partial / HYPERPARAMS).write_text(HYPERPARAMS_TEXT, encoding="utf-8")
+        (partial / CARD).write_text(model_card(config, parameters), encoding="utf-8")
+        _check_replaceable(folder)
     return folder
+
+
+def _save_safetensors(state: dict, path: Path) -> None:
+    try:
+        save_file(state, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # what it says of a full disk is no OSError
+        raise OSError(errno.EIO, str(error)) from error
 
 
 def _check_replaceable(folder: Path) -> None:
@@ -198,11 +214,6 @@ def _check_replaceable(folder: Path) -> None:
             f"{folder} holds {', '.join(strange[:3])}{', ...' if len(strange) > 3 else ''}, which "
             "is no part of a pretrained folder: name another folder, or empty this one"
         )
-
-
-def _beside(path: Path) -> Path:
-    """A name in the same folder, hence on the same disk, that nobody else uses."""
-    return path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
 
 
 def _json(config: dict) -> str:
@@ -243,10 +254,10 @@ def load_pretrained(
     """
     folder = find_folder(source, save_path)
     if (folder / EXPERIMENT_CONFIG).is_file():
-        config, state = _read_experiment(folder, which)
+        config, path, weights = _read_experiment(folder, which)
     else:
-        config, state = _read_folder(folder)
-    return *_build(config, state, source), config
+        config, path, weights = _read_folder(folder)
+    return *_build(config, path, weights), config
 
 
 def find_folder(source, save_path=None, **hub_options) -> Path:
@@ -263,10 +274,14 @@ def find_folder(source, save_path=None, **hub_options) -> Path:
     -------
     Path
     """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(source).expanduser()
+        is_folder, exists = folder.is_dir(), folder.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # no name that a file system takes
+        raise FileNotFoundError(f"{short(str(source))}: no such folder ({error})") from error
+    if is_folder:
         return folder
-    if folder.exists():
+    if exists:
         raise FileNotFoundError(f"{source} is a file: give the pretrained folder that holds it")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         raise FileNotFoundError(
@@ -290,99 +305,69 @@ def find_folder(source, save_path=None, **hub_options) -> Path:
         ) from error
 
 
-def _read_folder(folder: Path) -> tuple[dict, dict]:
+def _read_folder(folder: Path) -> tuple[dict, Path, Weights]:
+    """Config, the path of its file, and the header of the weights."""
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"{folder} has no {name}: a pretrained folder has {CONFIG} and {WEIGHTS}, an "
                 f"experiment folder {EXPERIMENT_CONFIG}"
             )
-    config = _read_config(folder / CONFIG)
-    try:
-        return config, load_file(folder / WEIGHTS)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{folder / WEIGHTS} is not a safetensors file, or is damaged ({error}): "
-            "export or download it again"
-        ) from error
+    return _read_config(folder / CONFIG), folder / CONFIG, read_safetensors(folder / WEIGHTS)
 
 
 def _read_config(path: Path) -> dict:
     """config.json, as far as this version understands it."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): export or download it again") from error
-    if not isinstance(config, dict) or "format_version" not in config:
+    config = read_json(path)
+    if "format_version" not in config:
         raise ValueError(f"{path} has no format_version: it is not the config of an encoder")
     if config["format_version"] != FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format_version {config['format_version']!r}, this version of "
+            f"{path} has format_version {short(config['format_version'])}, this version of "
             f"speechbrain-jepa reads {FORMAT_VERSION}: update the package, or export again"
         )
-    for section in ("encoder", "features", "normalization"):
+    config = {"training": {}, **config}
+    for section in ("encoder", "features", "normalization", "training"):
         if not isinstance(config.get(section), dict):
             raise ValueError(f"{path} has no {section!r} section: export or download it again")
     for name, value in FEATURES.items():
         if config["features"].get(name) != value:
             raise ValueError(
-                f"{path} asks for features with {name}={config['features'].get(name)!r}; "
+                f"{path} asks for features with {name}={short(config['features'].get(name))}; "
                 f"this version of speechbrain-jepa computes {value!r} only"
             )
-    return {"training": {}, **config}
+    return config
 
 
-def _build(config: dict, state: dict, source) -> tuple[Encoder, Normalization]:
-    """The encoder and normalisation that a config and a state dict describe."""
-    settings = dict(config["encoder"])
+def _build(config: dict, path: Path, weights: Weights) -> tuple[Encoder, Normalization]:
+    """The encoder and normalisation of a config, whose file is `path`, and weights."""
     try:
-        encoder = Encoder(PatchGrid(**settings.pop("grid")), **settings)
-        normalization = Normalization(**config["normalization"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{source}: the config describes no encoder ({error})") from error
-    expected = encoder.state_dict()
-    wrong = [
-        f"{name} is {tuple(state[name].shape)}, not {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in state and state[name].shape != tensor.shape
-    ]
-    wrong += [f"{name} is missing" for name in expected.keys() - state.keys()]
-    wrong += [f"{name} is unknown" for name in state.keys() - expected.keys()]
-    if wrong:
-        listed = "; ".join(sorted(wrong)[:8]) + ("; ..." if len(wrong) > 8 else "")
-        raise ValueError(f"{source}: the parameters do not fit the config: {listed}")
-    encoder.load_state_dict(state)
-    return encoder.eval(), normalization
+        checked_encoder(config["encoder"])
+        normalization = checked_normalization(config["normalization"])
+    except ValueError as error:
+        raise ValueError(f"{path}: the config describes no encoder ({error})") from error
+    return build_encoder(config["encoder"], weights), normalization
 
 
-def _read_experiment(folder: Path, which: str) -> tuple[dict, dict]:
-    """Config and state dict of one encoder in the newest complete checkpoint."""
+def _read_experiment(folder: Path, which: str) -> tuple[dict, Path, Weights]:
+    """The same of one encoder in the newest complete checkpoint."""
     if which not in ENCODERS:
         raise ValueError(f"which={which!r}: choose one of {', '.join(ENCODERS)}")
-    if not (folder / EXPERIMENT_CONFIG).is_file():
+    path = folder / EXPERIMENT_CONFIG
+    if not path.is_file():
         raise FileNotFoundError(
             f"{folder} has no {EXPERIMENT_CONFIG}: it is not the output_folder of a training run"
         )
-    config = _read_config(folder / EXPERIMENT_CONFIG)
+    config = _read_config(path)
     checkpoint, meta = newest_checkpoint(folder)
-    try:
-        state = torch.load(
-            checkpoint / EXPERIMENT_STATE, map_location="cpu", weights_only=True, mmap=True
-        )
-    except Exception as error:  # torch.load has no common base for what a damaged file raises
-        reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"{checkpoint / EXPERIMENT_STATE} is not a state dict, or is damaged ({reason})"
-        ) from error
-    prefix = ENCODERS[which]
-    state = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in state.items()
-        if name.startswith(prefix)
-    }
-    facts = {name: value for name, value in meta.items() if isinstance(value, int | float)}
+    weights = read_state_dict(checkpoint / EXPERIMENT_STATE, ENCODERS[which])
+    facts = {name: value for name, value in meta.items() if _is_finite(value)}
     training = {**config["training"], "encoder": which, "checkpoint": facts}
-    return {**config, "training": training}, state
+    return {**config, "training": training}, path, weights
+
+
+def _is_finite(value) -> bool:
+    return isinstance(value, int | float) and -math.inf < value < math.inf
 
 
 def newest_checkpoint(experiment_folder) -> tuple[Path, dict]:
@@ -408,9 +393,10 @@ def newest_checkpoint(experiment_folder) -> tuple[Path, dict]:
     for folder in save.glob("CKPT+*"):
         try:
             meta = yaml.safe_load((folder / "CKPT.yaml").read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError):
+        except Exception:  # an unfinished one; a damaged yaml raises anything but YAMLError too
             continue
-        if isinstance(meta, dict) and "unixtime" in meta and (folder / EXPERIMENT_STATE).is_file():
+        is_complete = isinstance(meta, dict) and (folder / EXPERIMENT_STATE).is_file()
+        if is_complete and _is_finite(meta.get("unixtime")):
             complete.append((meta["unixtime"], folder, meta))
     if not complete:
         raise FileNotFoundError(
@@ -419,123 +405,3 @@ def newest_checkpoint(experiment_folder) -> tuple[Path, dict]:
         )
     _, folder, meta = max(complete, key=lambda found: found[:2])
     return folder, meta
-
-
-# The two files for people and for SpeechBrain
-
-_HYPERPARAMS = """\
-# For SpeechBrain: WaveformEncoder.from_hparams(source=<this folder>). Settings and parameters are
-# read from config.json and model.safetensors. Any line can be overridden:
-# from_hparams(source=..., overrides={"output_all_hiddens": True})
-
-output_norm: False # layer norm over each clip's output
-output_all_hiddens: False # the output of every layer
-flat: False # average the frequency patches of a time step instead of concatenating them
-normalization: pretraining # or instance
-max_windows_per_batch: 128
-clip_level: False # one embedding per clip instead of one per time step
-
-encoder: !new:speechbrain_jepa.inference.PretrainedAudioJEPA
-    clip_level: !ref <clip_level>
-    output_norm: !ref <output_norm>
-    output_all_hiddens: !ref <output_all_hiddens>
-    flat: !ref <flat>
-    normalization: !ref <normalization>
-    max_windows_per_batch: !ref <max_windows_per_batch>
-
-modules:
-    encoder: !ref <encoder>
-
-pretrainer: !new:speechbrain_jepa.inference.FolderPretrainer
-    loadables:
-        encoder: !ref <encoder>
-"""
-
-
-def _model_card(config: dict, state: dict) -> str:
-    settings, grid = config["encoder"], PatchGrid(**config["encoder"]["grid"])
-    millions = sum(tensor.numel() for tensor in state.values()) / 1e6
-    seconds = grid.frames * features.HOP_LENGTH / features.SAMPLE_RATE
-    step = grid.patch_time * features.HOP_LENGTH / features.SAMPLE_RATE
-    layers = f"{settings['depth']} layers, {settings['num_heads']} heads, {settings['dim']} dims"
-    shape = f"{grid.patch_frequency} bands x {grid.patch_time} frames"
-    dims = f"{grid.frequency_patches} x {settings['dim']}"
-    training = yaml.safe_dump(config["training"], sort_keys=False, allow_unicode=True).strip()
-    title, origin, licence = _origin(config["training"])
-    return f"""\
----
-library_name: speechbrain
-pipeline_tag: feature-extraction
-tags: [audio, speechbrain, self-supervised, jepa]
-license: other # TO BE CHOSEN by whoever publishes this folder
----
-
-# Audio encoder {title}
-
-A vision transformer over log-mel spectrograms (16 kHz audio, {features.N_MELS} bands, 100 frames a
-second), {origin}
-
-| | |
-| --- | --- |
-| encoder | {layers}, {millions:.1f} M parameters |
-| window | {grid.frames} frames ({seconds:.2f} s); longer audio is cut into windows |
-| patches | {shape}, {grid.frequency_patches} x {grid.time_patches} of them |
-| output | one vector of {dims} dims every {step:g} s |
-
-## How it was trained
-
-```yaml
-{training}
-```
-
-## How to use it
-
-`pip install speechbrain-jepa`. `FOLDER` is this folder, or its Hugging Face repo id.
-
-SpeechBrain:
-
-```python
-from speechbrain.inference.encoders import WaveformEncoder
-encoder = WaveformEncoder.from_hparams(source="FOLDER")
-embeddings = encoder.encode_file("audio.wav")  # [1, time steps, dims]
-```
-
-s3prl:
-
-```
-pip install 'speechbrain-jepa[s3prl]'
-python -m speechbrain_jepa.s3prl run_downstream.py -m train -n my_run -d emotion \\
-    -u audio_jepa -k FOLDER
-```
-
-PyTorch:
-
-```python
-from speechbrain_jepa import AudioJEPA
-encoder = AudioJEPA("FOLDER")
-embedding = encoder.embed(wav)  # [B, samples] at 16 kHz to [B, dims]
-```
-
-## Licence
-
-{licence}
-"""
-
-
-def _origin(training: dict) -> tuple[str, str, str]:
-    """Title, description and licence of the model card."""
-    if "converted_from" in training:
-        return (
-            f"converted from {training['converted_from']}",
-            f"with the weights of {training['converted_from']} ({training['source']}), converted "
-            "by\nspeechbrain-jepa.",
-            "That of the original weights.",
-        )
-    return (
-        "pretrained with a JEPA",
-        "pretrained without labels by predicting the representations of masked patches:\n"
-        'Riou et al., "Investigating Design Choices in Joint-Embedding Predictive Architectures '
-        'for General\nAudio Representation Learning", 2024. Written by speechbrain-jepa.',
-        "To be filled in by whoever publishes this folder, with regard to the audio it was "
-        "trained on.",
-    )

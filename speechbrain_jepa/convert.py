@@ -10,7 +10,7 @@ import pickle
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -18,6 +18,18 @@ from torch import Tensor
 
 from speechbrain_jepa.checkpoints import save_pretrained
 from speechbrain_jepa.features import N_MELS, SAMPLE_RATE, Normalization
+from speechbrain_jepa.files import FolderInUse
+from speechbrain_jepa.untrusted import (
+    Weights,
+    build_encoder,
+    check_tensors,
+    checked_encoder,
+    checked_normalization,
+    encoder_shapes,
+    is_plain,
+    reason,
+    short,
+)
 from speechbrain_jepa.vit import Encoder, PatchGrid
 
 HEAD_DIM = 64  # of every timm ViT from tiny to large
@@ -91,7 +103,7 @@ FAMILIES = {
         source="https://github.com/SonyCSLParis/audio-representations",
         class_token=False,
         norm_eps=1e-5,
-        normalization=(-7.06, 4.19),
+        normalization=(-7.0633, 4.1971),
         encoder="encoder.",
     ),
 }
@@ -184,6 +196,8 @@ def convert(
     ------
     FileNotFoundError, FileExistsError
         If there is no checkpoint, or `out` holds anything but a pretrained folder.
+    FolderInUse
+        If another process is writing `out`.
     ValueError
         If the checkpoint cannot be read, or is not wholly understood: the message says what is
         missing, unknown or of another size.
@@ -192,26 +206,27 @@ def convert(
         raise ValueError(f"family={family!r}: choose one of {', '.join(FAMILIES)}")
     kind, path = FAMILIES[family], Path(checkpoint)
     contents = read_checkpoint(path, unsafe)
-    state = _state_dict(contents)
-    prefix = _find_prefix(state, kind) if prefix is None else prefix
-    grid = _grid(state, prefix, kind, path, input_size, patch_size)
-    encoder = _empty_encoder(state, prefix, kind, grid, num_heads, norm_eps)
-    names = _names(encoder, prefix, kind)
-    left = state.keys() - {*names.values(), f"{prefix}norm_stats"}
-    _check_keys(state, names, left, prefix, (*kind.unused, *ignore))
-    encoder.load_state_dict(_parameters(encoder, state, names))
-    if norm_stats is None:
+    try:
+        state = _state_dict(contents)
+        prefix = _find_prefix(state, kind) if prefix is None else prefix
+        grid = _grid(state, prefix, kind, path, input_size, patch_size)
+        settings = _settings(state, prefix, kind, grid, num_heads, norm_eps)
+        names = _names(settings, prefix, kind)
+        left = state.keys() - {*names.values(), f"{prefix}norm_stats"}
+        _check_keys(state, names, left, prefix, (*kind.unused, *ignore))
+        used = {theirs: state[theirs] for theirs in names.values()}
+        check_tensors(path, used)
+        encoder = _encoder(settings, used, names, path)
         stored = state.get(f"{prefix}norm_stats", contents.get("norm_stats", kind.normalization))
-        norm_stats = torch.as_tensor(stored).flatten().tolist()
-    if len(norm_stats) != 2:
-        raise ValueError(f"norm_stats={norm_stats}: mean and deviation are needed, two numbers")
-    normalization = Normalization(*norm_stats)
+        normalization = _normalization(stored if norm_stats is None else norm_stats)
+    except ValueError as error:
+        raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
     origin = {
         "converted_from": kind.title,
         "source": kind.source,
         "checkpoint": "/".join(path.absolute().parts[-2:]),
     }
-    folder = save_pretrained(out, encoder.eval(), normalization, origin)
+    folder = save_pretrained(out, encoder, normalization, origin)
     unused = Counter(_beginning(name, prefix) for name in sorted(left))
     return Conversion(folder, prefix, encoder, normalization, dict(unused))
 
@@ -222,8 +237,9 @@ def convert(
 def read_checkpoint(path, unsafe: bool = False) -> dict:
     """The content of a checkpoint, on the CPU, without running code from it unless `unsafe`.
 
-    Besides tensors and plain values, `argparse.Namespace` is read: training scripts of this
-    family keep their options as one.
+    Besides tensors and plain values, `argparse.Namespace` is read, as training scripts of this
+    family keep their options in one, and omegaconf's lists and dicts, which Hydra leaves in an
+    optimiser's state; for these stands a class that keeps what it is given and does nothing.
 
     Arguments
     ---------
@@ -246,31 +262,65 @@ def read_checkpoint(path, unsafe: bool = False) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give the checkpoint itself")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace, *HYDRA]):
             contents = torch.load(path, map_location="cpu", weights_only=not unsafe)
     except Exception as error:  # torch.load has no common base for what a damaged file raises
-        reason = str(error) or type(error).__name__
-        needs = re.search(r"GLOBAL (\S+)", reason)
+        needs = re.search(r"GLOBAL (\S+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and needs:
             raise ValueError(
                 f"{path} was not read: it asks for {needs[1]}, and to obey can run any code. If "
                 "you trust whoever made the file, add --unsafe"
             ) from error
-        reason = reason.strip().splitlines()[0]
-        raise ValueError(f"{path} is not a checkpoint, or is damaged ({reason})") from error
+        raise ValueError(f"{path} is not a checkpoint, or is damaged ({reason(error)})") from error
     if not isinstance(contents, Mapping):
         raise ValueError(f"{path} holds a {type(contents).__name__}, not a dict of parameters")
     return contents
 
 
-def _state_dict(contents: dict) -> dict[str, Tensor]:
+def _state_dict(contents: Mapping) -> dict[str, Tensor]:
     """The tensors by name, without the prefix that torch.compile puts in between."""
     inner = next((contents[key] for key in WRAPPERS if isinstance(contents.get(key), Mapping)), {})
-    return {
-        name.replace("_orig_mod.", ""): tensor
-        for name, tensor in (inner or contents).items()
-        if isinstance(tensor, Tensor)
-    }
+    state = {}
+    for name, tensor in (inner or contents).items():
+        if isinstance(name, str) and isinstance(tensor, Tensor):
+            if tensor.is_nested or tensor.layout != torch.strided:
+                raise ValueError(f"{short(name)} is a {tensor.layout} tensor, not a dense one")
+            state[name.replace("_orig_mod.", "")] = tensor
+    return state
+
+
+def _normalization(stored) -> Normalization:
+    """Mean and deviation from whatever a checkpoint keeps as `norm_stats`."""
+    if isinstance(stored, Tensor):
+        stored = stored.flatten()[:3].tolist() if is_plain(stored) else None
+    if not isinstance(stored, list | tuple) or len(stored) != 2:
+        raise ValueError(f"norm_stats={short(stored)}: mean and deviation are needed, two numbers")
+    return checked_normalization(dict(zip(("mean", "std"), stored, strict=True)))
+
+
+class _Kept:
+    """Stands for a class of omegaconf's, or a type named by one, and does nothing."""
+
+    def __init__(self, *args):
+        pass
+
+
+def _empty_dict(*args) -> dict:
+    return {}
+
+
+# what a pickled omegaconf.ListConfig or DictConfig asks for
+HYDRA = (
+    *((_Kept, f"omegaconf.{name}") for name in ("listconfig.ListConfig", "dictconfig.DictConfig")),
+    *((_Kept, f"omegaconf.base.{name}") for name in ("ContainerMetadata", "Metadata")),
+    *(
+        (_Kept, f"omegaconf.nodes.{name}Node")
+        for name in ("Any", "Boolean", "Bytes", "Float", "Integer", "Path", "String")
+    ),
+    *((_Kept, f"builtins.{name}") for name in ("bool", "dict", "float", "int", "list", "str")),
+    *((_Kept, f"typing.{name}") for name in ("Any", "Dict", "List", "Tuple")),
+    (_empty_dict, "collections.defaultdict"),
+)
 
 
 # Understanding
@@ -284,7 +334,9 @@ def _find_prefix(state: dict[str, Tensor], kind: Family) -> str:
         if prefix == name or prefix[-1:] not in ("", ".") or tensor.dim() != 4:
             continue
         qkv, positions = (state.get(prefix + key) for key in (kind.layers + QKV, "pos_embed"))
-        fits = [part.shape[-1] == len(tensor) for part in (qkv, positions) if part is not None]
+        fits = [
+            part.shape[-1:] == tensor.shape[:1] for part in (qkv, positions) if part is not None
+        ]
         if fits and all(fits):  # if one of them is missing, that is said later
             found.append(prefix)
     ours = [prefix for prefix in found if f".{prefix}".endswith(f".{kind.encoder}")] or found
@@ -350,31 +402,30 @@ def _grid(state, prefix, kind, path, input_size, patch_size) -> PatchGrid:
     return PatchGrid(frames, *patch)
 
 
-def _empty_encoder(state, prefix, kind, grid, num_heads, norm_eps) -> Encoder:
-    """An encoder of the sizes of the weights."""
+def _settings(state, prefix, kind, grid, num_heads, norm_eps) -> dict:
+    """What config.json will say of the encoder, from the shapes of the weights."""
     layers = prefix + kind.layers
     dim = len(state[prefix + PATCH_EMBED])
     if num_heads is None and dim % HEAD_DIM:
         raise ValueError(f"{dim} dims are not a multiple of {HEAD_DIM}: set --num_heads")
-    numbers = [
-        int(name.removeprefix(f"{layers}blocks.").split(".")[0])
-        for name in state
-        if re.match(rf"{re.escape(layers)}blocks\.\d+\.", name)
-    ]
+    layer = re.compile(rf"{re.escape(layers)}blocks\.(\d{{1,6}})\.")
+    numbers = [int(match[1]) for match in map(layer.match, state) if match]
     hidden = state.get(f"{layers}blocks.0.mlp.fc1.bias")
-    return Encoder(
-        grid,
-        dim=dim,
-        depth=max(numbers, default=0) + 1,
-        num_heads=num_heads or dim // HEAD_DIM,
-        mlp_ratio=4.0 if hidden is None else len(hidden) / dim,
-        norm_eps=norm_eps or kind.norm_eps,
-        class_token=kind.class_token,
-        stored_positions=True,
-    )
+    settings = {
+        "grid": asdict(grid),
+        "dim": dim,
+        "depth": max(numbers, default=0) + 1,
+        "num_heads": dim // HEAD_DIM if num_heads is None else num_heads,
+        "mlp_ratio": 4.0 if hidden is None or not dim else hidden.numel() / dim,
+        "norm_eps": kind.norm_eps if norm_eps is None else norm_eps,
+        "class_token": kind.class_token,
+        "stored_positions": True,
+    }
+    checked_encoder(settings)
+    return settings
 
 
-def _names(encoder: Encoder, prefix: str, kind: Family) -> dict[str, str]:
+def _names(settings: dict, prefix: str, kind: Family) -> dict[str, str]:
     """Names of the encoder's parameters to those in the checkpoint."""
     renamed = {
         "patch_embed.weight": PATCH_EMBED,
@@ -382,7 +433,8 @@ def _names(encoder: Encoder, prefix: str, kind: Family) -> dict[str, str]:
         "positions": "pos_embed",
         "class_token": "cls_token",
     }
-    return {name: prefix + renamed.get(name, kind.layers + name) for name in encoder.state_dict()}
+    ours = encoder_shapes(*checked_encoder(settings))
+    return {name: prefix + renamed.get(name, kind.layers + name) for name in ours}
 
 
 def _check_keys(state, names, left, prefix, unused: tuple[str, ...]) -> None:
@@ -399,35 +451,42 @@ def _check_keys(state, names, left, prefix, unused: tuple[str, ...]) -> None:
     if strange:
         problems.append(
             f"{_listed(strange)} unknown (if no part of the encoder: --ignore "
-            f"{strange[0].removeprefix(prefix)})"
+            f"{strange[0].removeprefix(prefix)[:200]})"
         )
     if problems:
         raise ValueError(f"the encoder would not be the one trained: {'; '.join(problems)}")
 
 
-def _parameters(encoder: Encoder, state, names) -> dict[str, Tensor]:
-    """The encoder's state dict from the checkpoint's tensors."""
-    tensors = {name: state[theirs].float() for name, theirs in names.items()}
+def _encoder(settings: dict, state, names, path: Path) -> Encoder:
+    """The encoder, from the checkpoint's tensors."""
+    tensors = {name: state[theirs] for name, theirs in names.items()}
     # a convolution that strides by its size is a linear layer over the values of a patch, in the
     # order bands, frames
     tensors["patch_embed.weight"] = tensors["patch_embed.weight"].flatten(1)
     tensors["positions"] = tensors["positions"].flatten(0, -2)
-    if encoder.class_token is not None:
+    first = None
+    if settings["class_token"]:
         tensors["class_token"] = tensors["class_token"].flatten()
         first, tensors["positions"] = tensors["positions"].tensor_split([1])
+    expected = encoder_shapes(*checked_encoder(settings))
     wrong = [
         f"{names[name]} is {tuple(state[names[name]].shape)}"
-        for name, tensor in encoder.state_dict().items()
-        if tensors[name].shape != tensor.shape
+        for name, shape in expected.items()
+        if tensors[name].shape != shape
     ]
     if wrong:
-        raise ValueError(f"shapes do not fit {encoder.dim} dims: {_listed(wrong)}")
-    broken = [name for name in names.values() if not state[name].isfinite().all()]
+        raise ValueError(f"shapes do not fit {settings['dim']} dims: {_listed(wrong)}")
+    broken = [theirs for theirs in names.values() if not state[theirs].isfinite().all()]
     if broken:
         raise ValueError(f"the checkpoint is damaged: {_listed(broken)} holds NaN or infinity")
-    if encoder.class_token is not None:  # its position is the first one
-        tensors["class_token"] = tensors["class_token"] + first[0]
-    return tensors
+
+    def load() -> dict[str, Tensor]:
+        loaded = {name: tensor.float() for name, tensor in tensors.items()}
+        if first is not None:  # its position is the first one
+            loaded["class_token"] = loaded["class_token"] + first[0].float()
+        return loaded
+
+    return build_encoder(settings, Weights(path, expected, load))
 
 
 def _beginning(name: str, prefix: str) -> str:
@@ -437,7 +496,8 @@ def _beginning(name: str, prefix: str) -> str:
 
 
 def _listed(names: list[str]) -> str:
-    return ", ".join(map(str, names[:6])) + (f", ... ({len(names)})" if len(names) > 6 else "")
+    first = [short(name)[1:-1] for name in names[:6]]
+    return ", ".join(first) + (f", ... ({len(names)})" if len(names) > 6 else "")
 
 
 def _times(size) -> str:
@@ -472,7 +532,7 @@ def main(arguments=None) -> None:
     options = vars(parser.parse_args(arguments))
     try:
         print(convert(**options))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, FolderInUse) as error:
         raise SystemExit(f"convert: {error}") from error
 
 

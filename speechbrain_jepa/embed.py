@@ -4,6 +4,12 @@ python -m speechbrain_jepa.embed <pretrained folder> <files or folders> --out em
 
 Stopped and started again with the same command, it goes on where it was. docs/embeddings.md
 describes what is written.
+
+<out>.parts/            held by one process (files.folder_lock)
+  plan.json             what the embeddings depend on
+  normalization.json    mean and deviation of the files' log-mel, if they were measured
+  part-000000.npz ...   embeddings of some files each
+  complete.json         size and time of the output, written before it takes its place
 """
 
 import argparse
@@ -16,14 +22,16 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from speechbrain_jepa.data.clips import BATCH_SECONDS, find_audio, read_clips
-from speechbrain_jepa.data.manifest import SkippedFiles
+from speechbrain_jepa.data.skipped import SkippedFiles
 from speechbrain_jepa.encoder import NORMALIZATIONS, AudioJEPA
+from speechbrain_jepa.files import FolderInUse, folder_lock, whole_file, write_text
 
 FORMATS = (".npz", ".npy", ".csv")
 LEVELS = ("clip", "frame")
@@ -37,20 +45,16 @@ class Embeddings:
 
     Arguments
     ---------
-    out : str or Path
+    out : Path
         Output file: .npz, .npy or .csv.
+    parts : Path
+        Folder of the parts, which this process holds.
     plan : dict
         What the embeddings depend on. Parts of another plan are not continued.
     """
 
-    def __init__(self, out, plan: dict):
-        self.out = Path(out)
-        if self.out.suffix not in FORMATS:
-            raise ValueError(f"--out {out}: the name must end in {', '.join(FORMATS)}")
-        if self.out.exists():
-            raise FileExistsError(f"{out} exists already: remove it, or name another --out")
-        self.parts = self.out.with_name(self.out.name + ".parts")
-        self.parts.mkdir(parents=True, exist_ok=True)
+    def __init__(self, out: Path, parts: Path, plan: dict):
+        self.out, self.parts = out, parts
         self._check_plan(plan)
         self.place: dict[str, tuple[Path, int, int]] = {}  # file: part, first row, rows
         self.width = 0
@@ -61,9 +65,9 @@ class Embeddings:
     def _check_plan(self, plan: dict) -> None:
         path = self.parts / "plan.json"
         if not path.exists():
-            self._write_whole(path, lambda partial: partial.write_text(json.dumps(plan)))
+            write_text(path, json.dumps(plan))
             return
-        begun = json.loads(path.read_text())
+        begun = json.loads(path.read_text(encoding="utf-8"))
         different = [name for name in plan if plan[name] != begun.get(name)]
         if different:
             name = different[0]
@@ -71,6 +75,12 @@ class Embeddings:
                 f"{self.parts} was begun with {name}={begun.get(name)}, not {plan[name]}: "
                 "repeat the options of that run, or remove the folder"
             )
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the output is the one that these parts have made: only they were not removed."""
+        marker = self.parts / "complete.json"
+        return marker.exists() and self.out.exists() and _state(self.out) == marker.read_text()
 
     def _enter(self, part: Path) -> None:
         with np.load(part) as arrays:
@@ -98,7 +108,8 @@ class Embeddings:
             "width": np.array(rows[0].shape[1]),
             "embeddings": np.concatenate(rows),
         }
-        self._write_whole(part, lambda partial: _savez(partial, arrays))
+        with whole_file(part) as partial:
+            np.savez(partial, **arrays)
         self._enter(part)
         self._forget_pending()
 
@@ -146,7 +157,11 @@ class Embeddings:
         if not files:
             raise ValueError("none of the files could be embedded: see the list of skipped files")
         write = {".npz": self._write_npz, ".npy": self._write_npy, ".csv": self._write_csv}
-        self._write_whole(self.out, lambda partial: write[self.out.suffix](partial, files, times))
+        whole = self.parts / f"whole{self.out.suffix}"
+        with whole_file(whole) as partial:
+            write[self.out.suffix](partial, files, times)
+        write_text(self.parts / "complete.json", _state(whole))
+        whole.replace(self.out)
         shutil.rmtree(self.parts)
         return files
 
@@ -154,33 +169,28 @@ class Embeddings:
         """What `measure` gives, or gave before an interruption."""
         path = self.parts / "normalization.json"
         if not path.exists():
-            pair = measure()
-            self._write_whole(path, lambda partial: partial.write_text(json.dumps(pair)))
-        return json.loads(path.read_text())
-
-    def _write_whole(self, path: Path, write: Callable[[Path], object]) -> None:
-        """Write in the folder of parts and rename, so that the file is whole or not there."""
-        partial = self.parts / f"partial{path.suffix}"
-        write(partial)
-        partial.replace(path)
+            write_text(path, json.dumps(measure()))
+        return json.loads(path.read_text(encoding="utf-8"))
 
     def _counts(self, files: list[str]) -> np.ndarray:
         return np.array([self.place[file][2] for file in files])
 
-    def _write_array(self, path: Path, files: list[str]) -> None:
+    def _write_array(self, out: IO[bytes], files: list[str]) -> None:
+        """A .npy of all rows, written from one part after the other."""
         shape = (int(self._counts(files).sum()), self.width)
-        array = np.lib.format.open_memmap(path, "w+", np.float32, shape)
-        row = 0
+        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(out, header)
         for _, rows in self.rows_of(files):
-            array[row : row + len(rows)] = rows
-            row += len(rows)
-        array.flush()
+            out.write(np.ascontiguousarray(rows, "<f4").data)
 
     def _write_npy(self, path: Path, files: list[str], times) -> None:
-        self._write_array(path, files)
+        with open(path, "wb") as out:
+            self._write_array(out, files)
         counts = self._counts(files)
-        with _table(self.out.with_suffix(".files.csv"), ["file", "first_row", "rows"]) as rows:
+        index = self.parts / "files.csv"
+        with _table(index, ["file", "first_row", "rows"]) as rows:
             rows.writerows(zip(files, counts.cumsum() - counts, counts, strict=True))
+        index.replace(self.out.with_suffix(".files.csv"))
 
     def _write_npz(self, path: Path, files: list[str], times) -> None:
         arrays = {"files": np.array(files)}
@@ -188,14 +198,12 @@ class Embeddings:
             counts = self._counts(files)
             arrays["rows"] = counts
             arrays["seconds"] = np.concatenate([times(count) for count in counts])
-        _savez(path, arrays)
-        array = path.with_name(path.name + ".array")
-        try:
-            self._write_array(array, files)
-            with zipfile.ZipFile(path, "a", zipfile.ZIP_STORED) as archive:
-                archive.write(array, "embeddings.npy")
-        finally:
-            array.unlink(missing_ok=True)
+        np.savez(path, **arrays)
+        with (
+            zipfile.ZipFile(path, "a", zipfile.ZIP_STORED) as archive,
+            archive.open("embeddings.npy", "w", force_zip64=True) as out,
+        ):
+            self._write_array(out, files)
 
     def _write_csv(self, path: Path, files: list[str], times) -> None:
         columns = ["file", *(["seconds"] if times else []), *range(self.width)]
@@ -216,9 +224,10 @@ def _table(path: Path, columns: list):
         yield writer
 
 
-def _savez(path: Path, arrays: dict) -> None:
-    with open(path, "wb") as file:  # by name, np.savez would add its own ending
-        np.savez(file, **arrays)
+def _state(path: Path) -> str:
+    """What a rename leaves as it is."""
+    stat = path.stat()
+    return json.dumps([stat.st_size, stat.st_mtime_ns])
 
 
 def _fingerprint(model: AudioJEPA) -> str:
@@ -269,7 +278,12 @@ def embed_files(
     Raises
     ------
     FileExistsError
-        If `out` exists.
+        If `out` exists. If a call with the same arguments was killed after it had written `out`,
+        that is what this call returns.
+    FolderInUse
+        If another process is embedding to `out`.
+    OSError
+        If the disk is full: the message names it.
     ValueError
         If an option does not fit, or no file can be embedded.
     """
@@ -287,17 +301,65 @@ def embed_files(
         "normalization": model.normalize,
         "encoder": _fingerprint(model),
     }
-    embeddings = Embeddings(out, plan)
-    skipped_path = embeddings.out.with_suffix(".skipped.csv")
-    skipped_path.unlink(missing_ok=True)  # what was broken is tried again
-    skipped = SkippedFiles(skipped_path)
-    if not model.is_fitted:
+    out = Path(out)
+    if out.suffix not in FORMATS:
+        raise ValueError(f"--out {out}: the name must end in {', '.join(FORMATS)}")
+    parts = out.with_name(out.name + ".parts")
+    if out.exists() and not parts.exists():
+        raise _exists(out)
+    with folder_lock(parts, fix="wait for it, or name another --out"):
+        embeddings = Embeddings(out, parts, plan)
+        skipped = SkippedFiles(out.with_suffix(".skipped.csv"))
+        if embeddings.is_complete:
+            shutil.rmtree(parts)
+            done = [file for file in files if file in embeddings.place]
+            if len(done) + len(skipped) == len(files):
+                return done, skipped
+        if out.exists():
+            raise _exists(out)
+        skipped.path.unlink(missing_ok=True)  # what was broken is tried again
+        skipped = SkippedFiles(skipped.path)
+        if not model.is_fitted:
+            _fit(model, embeddings, files, num_workers)
+        _embed(
+            model,
+            embeddings,
+            skipped,
+            files,
+            level,
+            precision,
+            batch_seconds,
+            num_workers,
+            progress,
+        )
+        times = (lambda steps: model.timestamps(steps).numpy()) if level == "frame" else None
+        return embeddings.finish(files, times), skipped
 
-        def measure():
-            fitted = model.fit_normalization(files, num_workers=num_workers).normalization
-            return {"mean": fitted.mean.item(), "std": fitted.std.item()}
 
-        model.normalization.set(**embeddings.normalization(measure))
+def _exists(out: Path) -> FileExistsError:
+    return FileExistsError(f"{out} exists already: remove it, or name another --out")
+
+
+def _fit(model: AudioJEPA, embeddings: Embeddings, files: list[str], num_workers: int) -> None:
+    def measure():
+        fitted = model.fit_normalization(files, num_workers=num_workers).normalization
+        return {"mean": fitted.mean.item(), "std": fitted.std.item()}
+
+    model.normalization.set(**embeddings.normalization(measure))
+
+
+def _embed(
+    model: AudioJEPA,
+    embeddings: Embeddings,
+    skipped: SkippedFiles,
+    files: list[str],
+    level: str,
+    precision: str,
+    batch_seconds: float,
+    num_workers: int,
+    progress: bool,
+) -> None:
+    """Embed the files that no part has."""
     left = [file for file in files if file not in embeddings.place]
     device = next(model.parameters()).device
     dtype = PRECISIONS[precision]
@@ -323,8 +385,6 @@ def embed_files(
             for file, array in zip(batch.files, rows, strict=True):
                 embeddings.add(file, array)
             bar.update(len(batch.files))
-    times = (lambda steps: model.timestamps(steps).numpy()) if level == "frame" else None
-    return embeddings.finish(files, times), skipped
 
 
 def main(arguments=None) -> None:
@@ -362,7 +422,7 @@ def main(arguments=None) -> None:
             options.batch_seconds,
             options.num_workers,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, FolderInUse) as error:
         raise SystemExit(f"embed: {error}") from error
     print(f"{len(done)} files embedded in {options.out}")
     if len(skipped):

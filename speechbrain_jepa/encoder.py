@@ -95,7 +95,7 @@ class AudioJEPA(nn.Module):
     attention : str
         "auto", "flash_attn" or "sdpa" (see `speechbrain_jepa.attention`). Default "auto".
     device : str or torch.device or None
-        Where to put the module. Default: the CPU.
+        Where to put the module. Default: where the encoder is, for one from disk the CPU.
     **ignored
         for_pretraining, with_lm_head, with_casual_lm, seq2seqlm, quantization_config, cache_dir
         and trust_remote_code are accepted and have no effect.
@@ -168,8 +168,7 @@ class AudioJEPA(nn.Module):
             for block in self.encoder.blocks:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         self.train()
-        if device is not None:
-            self.to(device)
+        self.to(self.encoder.patch_embed.weight.device if device is None else device)
 
     def _freeze(self, feature_extractor: bool, layers: int) -> None:
         depth = len(self.encoder.blocks)

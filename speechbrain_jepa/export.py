@@ -6,6 +6,7 @@ python -m speechbrain_jepa.export results/jepa_unstructured/1234 my_encoder
 import argparse
 
 from speechbrain_jepa.checkpoints import export_experiment
+from speechbrain_jepa.files import FolderInUse
 
 
 def main(arguments=None) -> None:
@@ -24,7 +25,7 @@ def main(arguments=None) -> None:
     which = "target" if options.target_encoder else "context"
     try:
         folder = export_experiment(options.experiment_folder, options.out, which)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, FolderInUse) as error:
         raise SystemExit(f"export: {error}") from error
     print(f"{which} encoder written to {folder}")
 

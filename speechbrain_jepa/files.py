@@ -2,7 +2,11 @@
 
 import contextlib
 import errno
+import hashlib
+import io
 import json
+import logging
+import math
 import os
 import shutil
 import socket
@@ -13,10 +17,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
+import numpy as np
+
+logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
 HOLDER = ".lock-holder.json"  # who has it, for the message of those who do not get it
 PARTIAL = ".partial-"  # how the names of unfinished files and folders begin
+WRITING = ".writing-"  # how the names of folders begin in which another is written
 FULL = (errno.ENOSPC, errno.EDQUOT)
 LOW = 2**20  # bytes: a disk with less left is full, whatever the error that was raised says
 CHILDREN_SECONDS = 30.0  # for the children of a killed process to end
@@ -84,6 +92,63 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+@contextlib.contextmanager
+def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Write a folder under another name; it appears as `path` when it is complete.
+
+    A folder that was there is replaced as a whole, and is there again if writing fails. The other
+    name follows from the path and is locked, so that what a killed process left of the same folder
+    is removed, or put back, at the next start, and nothing of anybody else's is touched.
+
+    Arguments
+    ---------
+    path : str or path
+        The folder above it is made if need be.
+
+    Yields
+    ------
+    Path
+        An empty folder on the same disk.
+
+    Raises
+    ------
+    FolderInUse
+        If another process is writing the same folder.
+    OSError
+        If the disk is full: the message names it (`full_disk_named`).
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "encoder"
+    >>> with whole_folder(path) as partial:
+    ...     _ = (partial / "config.json").write_text("{}")
+    >>> [file.name for file in path.iterdir()], len(list(path.parent.iterdir()))
+    (['config.json'], 1)
+    """
+    path = Path(os.path.abspath(path))
+    digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]  # of a name of any length
+    workplace = path.with_name(f"{WRITING}{digest}")
+    new, old = workplace / "new", workplace / "old"
+    fix = f"it is writing {path}: wait for it, or name another folder"
+    with folder_lock(workplace, fix), full_disk_named(path.parent):
+        try:
+            if old.exists() and not path.exists():  # killed between the two renames
+                old.rename(path)
+            for leftover in (new, old):
+                shutil.rmtree(leftover, ignore_errors=True)
+            new.mkdir()
+            yield new
+            for file in new.iterdir():
+                sync(file)
+            if path.exists():
+                path.rename(old)
+            new.rename(path)
+        finally:
+            if old.exists() and not path.exists():
+                old.rename(path)
+            shutil.rmtree(workplace, ignore_errors=True)
+
+
 def sync(path: str | os.PathLike) -> None:
     """Wait until what was written to a file is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -91,6 +156,31 @@ def sync(path: str | os.PathLike) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def new_array(path: str | os.PathLike, dtype, shape: tuple[int, ...]) -> np.memmap:
+    """A .npy file of zeros, memory-mapped to be written: the disk has all of it (`allocate`).
+
+    Arguments
+    ---------
+    path : str or path
+    dtype : numpy dtype
+    shape : tuple of int
+
+    Example
+    -------
+    >>> array = new_array(getfixture("tmp_path") / "a.npy", "float16", (2, 3))
+    >>> array.shape, float(array.sum())
+    ((2, 3), 0.0)
+    """
+    dtype = np.dtype(dtype)
+    header = io.BytesIO()
+    description = {"descr": dtype.str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, description)
+    allocate(path, len(header.getvalue()) + math.prod(shape) * dtype.itemsize)
+    with open(path, "r+b") as file:
+        file.write(header.getvalue())
+    return np.load(path, mmap_mode="r+")
 
 
 def allocate(path: str | os.PathLike, size: int) -> None:
@@ -187,7 +277,7 @@ def folder_lock(folder: str | os.PathLike, fix: str, wait: float = 0.0) -> Itera
     fix : str
         Ends the message: what to do instead of waiting.
     wait : float
-        Seconds to wait for another process to finish. Default 0.
+        Seconds to wait for another process to finish; a warning says that it waits. Default 0.
 
     Raises
     ------
@@ -204,7 +294,7 @@ def folder_lock(folder: str | os.PathLike, fix: str, wait: float = 0.0) -> Itera
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     lock, holder_file = filelock.FileLock(folder / LOCK), folder / HOLDER
-    began = time.monotonic()
+    began, has_told = time.monotonic(), False
     while True:
         try:
             lock.acquire(timeout=0)
@@ -214,10 +304,14 @@ def folder_lock(folder: str | os.PathLike, fix: str, wait: float = 0.0) -> Itera
             patience = wait if _is_running(holder) else max(wait, CHILDREN_SECONDS)
             if time.monotonic() - began >= patience:
                 raise FolderInUse(f"{folder} is in use by {_named(holder)}: {fix}") from None
+            if wait and holder and not has_told:
+                logger.warning("%s is in use by %s: waiting for it", folder, _named(holder))
+                has_told = True
             time.sleep(0.1)
     try:
         remove_partials(folder)
-        write_text(holder_file, json.dumps(_this_process()))
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without its holder's name
+            write_text(holder_file, json.dumps(_this_process()))
         yield
     finally:
         holder_file.unlink(missing_ok=True)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from speechbrain_jepa.vit import PatchGrid
+from speechbrain_jepa.attention import Packing
+from speechbrain_jepa.vit import PatchGrid, join_valid
 
 MAX_REDRAWS = 100  # of the clips of a batch whose blocks left too little context
 TRIAL_CLIPS = 4096  # drawn at construction to see how often that happens
@@ -30,12 +31,18 @@ class PatchMasks:
         False marks the padding after a clip's own patches. None: every entry counts.
     target_valid : Tensor [B, Kt], bool, or None
         Likewise.
+    context_packing, target_packing, joint_packing : Packing or None
+        Of the context, the targets, and the predictor's rows, targets first. They spare
+        the three passes of a step the wait for the device. None: worked out where needed.
     """
 
     context_index: Tensor
     target_index: Tensor
     context_valid: Tensor | None = None
     target_valid: Tensor | None = None
+    context_packing: Packing | None = None
+    target_packing: Packing | None = None
+    joint_packing: Packing | None = None
 
     def __len__(self) -> int:
         return len(self.target_index)
@@ -64,15 +71,25 @@ class PatchMasks:
         tensor([[ True,  True],
                 [ True, False]])
         """
-        context_index, context_valid = _indices(context)
-        target_index, target_valid = _indices(target)
-        return PatchMasks(context_index, target_index, context_valid, target_valid)
+        counts = torch.stack([context.sum(1), target.sum(1)])
+        sizes = torch.stack([counts.amin(1), counts.amax(1), counts.sum(1)], 1)
+        of_context, of_target = sizes.tolist()  # all that the host has to know, in one wait
+        context_index, context_valid = _indices(context, counts[0], *of_context[:2])
+        target_index, target_valid = _indices(target, counts[1], *of_target[:2])
+        joint_valid = join_valid(target_index, target_valid, context_index, context_valid)
+        packings = (
+            None if valid is None else Packing.of(valid, tokens)
+            for valid, tokens in (
+                (context_valid, of_context[2]),
+                (target_valid, of_target[2]),
+                (joint_valid, of_context[2] + of_target[2]),
+            )
+        )
+        return PatchMasks(context_index, target_index, context_valid, target_valid, *packings)
 
 
-def _indices(belongs: Tensor) -> tuple[Tensor, Tensor | None]:
+def _indices(belongs: Tensor, counts: Tensor, shortest: int, longest: int):
     """Boolean rows [B, N] to ascending indices [B, K], K the longest row's count, and validity."""
-    counts = belongs.sum(1)
-    shortest, longest = torch.stack([counts.min(), counts.max()]).tolist()
     index = torch.argsort(belongs.logical_not().byte(), dim=1, stable=True)[:, :longest]
     if shortest == longest:
         return index, None
@@ -101,6 +118,7 @@ class UnstructuredMasking:
     """
 
     def __init__(self, grid: PatchGrid, target_share: float = 0.6):
+        self.target_share = target_share
         self.num_patches = grid.num_patches
         self.num_context = round((1 - target_share) * self.num_patches)
         if not 0 < self.num_context < self.num_patches:
@@ -248,13 +266,15 @@ class MultiBlockMasking(_BlockMasking):
         for name, (low, high) in {"target": target_aspect, "context": context_aspect}.items():
             if not 0 < low <= high:
                 raise ValueError(f"{name}_aspect={(low, high)}: needs 0 < low <= high")
-        self.aspect = {"target": target_aspect, "context": context_aspect}
+        self.target_aspect = target_aspect
+        self.context_aspect = context_aspect
         super().__init__(grid, num_targets, target_share, context_share, min_context_patches)
 
     def _draw_blocks(self, blocks, share, uniform, role):
         rows, columns = self.grid.frequency_patches, self.grid.time_patches
         area = uniform(*share, blocks) * self.grid.num_patches
-        aspect = uniform(*self.aspect[role], blocks)
+        aspect = self.target_aspect if role == "target" else self.context_aspect
+        aspect = uniform(*aspect, blocks)
         height = (area * aspect).sqrt().clamp(max=rows)
         width = (area / height).clamp(max=columns)
         height = (area / width).clamp(max=rows)

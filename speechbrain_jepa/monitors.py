@@ -1,13 +1,17 @@
 """What tells a healthy pretraining run from a collapsing one, and where it is written down."""
 
 import csv
+import math
 import os
 import resource
 import sys
+import time
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from speechbrain_jepa.files import full_disk_named, whole_file
 
 
 def effective_rank(embeddings: Tensor) -> float:
@@ -77,6 +81,9 @@ class PatchStatistics:
 class CollapseAlarm:
     """Notices a rank or deviation that falls under a share of its first value.
 
+    A rank never falls under 1 and a deviation never under 0, so a value that starts at its least
+    cannot fall: of one validation clip both do.
+
     Arguments
     ---------
     share : float
@@ -89,6 +96,9 @@ class CollapseAlarm:
     ([], [])
     >>> alarm.check({"embedding_rank": 2.0})
     ['embedding_rank fell from 50 to 2']
+    >>> alarm = CollapseAlarm(share=0.1)
+    >>> alarm.check({"embedding_rank": 8.0}), alarm.blind()
+    ([], ['embedding_rank started at 8'])
     """
 
     def __init__(self, share: float = 0.1):
@@ -105,6 +115,79 @@ class CollapseAlarm:
             if not value >= self.share * start:  # NaN counts as fallen
                 fallen.append(f"{name} fell from {start:.4g} to {value:.4g}")
         return fallen
+
+    def blind(self) -> list[str]:
+        """One clause for each value that started so low that no fall can be noticed."""
+        return [
+            f"{name} started at {start:.4g}"
+            for name, start in self.start.items()
+            if self.share * start <= (1.0 if name.endswith("rank") else 0.0)
+        ]
+
+
+class Interval:
+    """Sums since the last row of metrics.csv."""
+
+    SUMS = ("clips", "steps", "finite", "losses", "waited", "latest")
+
+    def __init__(self):
+        self.restart()
+
+    def restart(self) -> None:
+        """From nothing."""
+        self.clips = self.steps = self.finite = 0
+        self.waited = self.elapsed = 0.0
+        self.losses: dict[str, float] = {}
+        self.latest: dict[str, float] = {}
+        self.resume()
+
+    def resume(self) -> None:
+        """From the sums as they are: the time since they were saved does not count."""
+        self.idle_since = time.perf_counter()
+        self.began = self.idle_since - self.elapsed
+
+    def batch_arrived(self) -> None:
+        """The next batch is there: what passed since the last was done was waiting."""
+        self.waited += time.perf_counter() - self.idle_since
+
+    def batch_done(self, clips: int, **losses: float) -> None:
+        """A batch of so many clips with its `loss` and that one's parts, if it is finite."""
+        self.clips += clips
+        if math.isfinite(losses["loss"]):
+            self.finite += 1
+            for name, value in losses.items():
+                self.losses[name] = self.losses.get(name, 0.0) + value
+        self.idle_since = time.perf_counter()
+
+    def stepped(self, **latest: float) -> None:
+        """An optimiser step, with what is reported of the last one alone."""
+        self.steps += 1
+        self.latest = latest
+
+    def close(self, world_size: int) -> dict[str, float]:
+        """Averages of this interval; the next one begins."""
+        elapsed = time.perf_counter() - self.began
+        finite = self.finite or float("nan")
+        stats = {
+            "loss": float("nan"),
+            **{name: value / finite for name, value in self.losses.items()},
+            "clips_per_second": self.clips * world_size / elapsed,
+            "data_wait": self.waited / elapsed,
+            **self.latest,
+        }
+        self.restart()
+        return stats
+
+    def state(self) -> dict:
+        """What a checkpoint keeps, so that the next row is that of a run never stopped."""
+        elapsed = time.perf_counter() - self.began
+        return {name: getattr(self, name) for name in self.SUMS} | {"elapsed": elapsed}
+
+    def load(self, state: dict) -> None:
+        """The sums of a checkpoint."""
+        for name, value in state.items():
+            setattr(self, name, value)
+        self.resume()
 
 
 class MetricsTable:
@@ -132,26 +215,37 @@ class MetricsTable:
         self.columns = list(columns)
 
     def read(self) -> list[dict[str, str]]:
-        """The rows so far, as text."""
+        """The whole rows so far, as text: not one that a full disk cut off."""
         if not self.path.exists():
             return []
         with open(self.path, newline="", encoding="utf-8") as file:
-            return [row for row in csv.DictReader(file) if row["step"]]
+            return [row for row in csv.DictReader(file) if None not in row.values()]
 
     def append(self, **values) -> None:
         """Add a row; unknown names are an error."""
-        self._write([values], "a" if self.path.exists() else "w")
+        if not self.path.exists():
+            self._rewrite([])
+        with (
+            full_disk_named(self.path.parent),
+            open(self.path, "a", newline="", encoding="utf-8") as file,
+        ):
+            csv.DictWriter(file, self.columns).writerow(values)
 
     def drop_after(self, step: int) -> None:
         """Forget what was logged after `step`: a resumed run logs it again."""
-        kept = [row for row in self.read() if int(row["step"]) <= step]
-        self._write(kept, "w")
+        rows = self.read()
+        # a column that this run has not (an online probe taken off) stays
+        self.columns += [name for name in (rows[0] if rows else ()) if name not in self.columns]
+        self._rewrite([row for row in rows if int(row["step"]) <= step])
 
-    def _write(self, rows, mode) -> None:
-        with open(self.path, mode, newline="", encoding="utf-8") as file:
+    def _rewrite(self, rows) -> None:
+        """All or nothing: what was there stays until the new file is complete."""
+        with (
+            whole_file(self.path) as partial,
+            open(partial, "w", newline="", encoding="utf-8") as file,
+        ):
             writer = csv.DictWriter(file, self.columns)
-            if mode == "w":
-                writer.writeheader()
+            writer.writeheader()
             writer.writerows(rows)
 
 

@@ -41,6 +41,28 @@ class WarmupCosine:
         return self.final_rate + (self.peak_rate - self.final_rate) * cosine
 
 
+def warmup_share(warmup_epochs: float, number_of_epochs: float) -> float:
+    """The share of a run that `warmup_epochs` of its `number_of_epochs` are, for `WarmupCosine`.
+
+    Raises
+    ------
+    ValueError
+        If the warm-up is not shorter than the run.
+
+    Example
+    -------
+    >>> warmup_share(warmup_epochs=30, number_of_epochs=300)
+    0.1
+    """
+    if not 0 <= warmup_epochs < number_of_epochs:
+        raise ValueError(
+            f"warmup_epochs={warmup_epochs} must be at least 0 and below "
+            f"number_of_epochs={number_of_epochs}: --warmup_epochs {number_of_epochs / 15:.2g} "
+            "keeps the published 20 of 300"
+        )
+    return warmup_epochs / number_of_epochs
+
+
 class LinearRamp:
     """From `start` at the first step to `end` at the last: the EMA rate tau of equation 1.
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speechbrain_jepa.attention import HALF, Rows, check_attention
+from speechbrain_jepa.attention import HALF, Packing, Rows, check_attention
 from speechbrain_jepa.features import N_MELS
 
 
@@ -170,7 +170,7 @@ class Block(nn.Module):
 
 
 def _initialize(module: nn.Module) -> None:
-    """Xavier-uniform weights and zero biases, as in the released code."""
+    """Xavier-uniform weights, zero biases; not all as the released code (docs/released_code.md)."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
@@ -258,6 +258,7 @@ class Encoder(nn.Module):
         index: Tensor | None = None,
         valid: Tensor | None = None,
         all_layers: bool = False,
+        packing: Packing | None = None,
     ) -> Tensor:
         """
         Arguments
@@ -270,6 +271,8 @@ class Encoder(nn.Module):
             False marks padding: no token attends to it, and its output is zero.
         all_layers : bool
             Also give what enters the first layer and leaves each.
+        packing : Packing or None
+            Of `valid`, where it is known (see `PatchMasks`).
 
         Returns
         -------
@@ -288,7 +291,8 @@ class Encoder(nn.Module):
             x = self.patch_embed(patches.to(dtype)) + positions.to(dtype)
             if self.class_token is not None:
                 x, valid = self._append_class_token(x, valid)
-            rows = Rows(self.attention, x, valid)
+                packing = None  # that of rows without the token
+            rows = Rows(self.attention, x, valid, packing)
             x = rows.pack(x)
             layers = [x]
             for block in self.blocks:
@@ -383,6 +387,7 @@ class Predictor(nn.Module):
         target_index: Tensor,
         context_valid: Tensor | None = None,
         target_valid: Tensor | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
         """
         Arguments
@@ -391,6 +396,8 @@ class Predictor(nn.Module):
             Representations of the context patches.
         context_index, target_index : Tensor [B, Kc] and [B, Kt], int64
         context_valid, target_valid : Tensor [B, Kc] and [B, Kt], bool, or None
+        packing : Packing or None
+            Of both side by side, targets first, where it is known (see `PatchMasks`).
 
         Returns
         -------
@@ -402,8 +409,8 @@ class Predictor(nn.Module):
             targets = self.mask_token.to(context.dtype) + F.embedding(target_index, positions)
             context = self.proj_in(context) + F.embedding(context_index, positions)
             x = torch.cat([targets, context], 1)
-            valid = _join_valid(target_index, target_valid, context_index, context_valid)
-            rows = Rows(self.attention, x, valid)
+            valid = join_valid(target_index, target_valid, context_index, context_valid)
+            rows = Rows(self.attention, x, valid, packing)
             x = rows.pack(x)
             for block in self.blocks[:-1]:
                 x = block(x, rows)
@@ -411,7 +418,7 @@ class Predictor(nn.Module):
             return self.proj_out(self.norm(x))
 
 
-def _join_valid(first_index, first_valid, second_index, second_valid) -> Tensor | None:
+def join_valid(first_index, first_valid, second_index, second_valid) -> Tensor | None:
     """Validity of two ragged parts side by side; None where every entry counts."""
     if first_valid is None and second_valid is None:
         return None

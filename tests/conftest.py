@@ -30,6 +30,21 @@ def audio_folder(tmp_path_factory):
 
 
 @pytest.fixture
+def clips(tmp_path):
+    """Eight labelled clips of noise, 0.5 to 4 s: five train, one validates, two test."""
+    from speechbrain_jepa.evaluation.labelled import LabelledClips
+
+    rng = np.random.default_rng(0)
+    names = [f"{number}.wav" for number in range(8)]
+    for number, name in enumerate(names):
+        wav = rng.normal(0, 0.02 * (number + 1), 8_000 * (number + 1))
+        soundfile.write(tmp_path / name, wav, 16_000)
+    splits = ["train"] * 5 + ["valid"] + ["test"] * 2
+    files = [str(tmp_path / name) for name in names]
+    return LabelledClips(names, files, list("abababab"), splits, [None] * 8)
+
+
+@pytest.fixture
 def small_disk(tmp_path):
     """A folder on a disk of 1 MiB of its own."""
     folder = tmp_path / "disk"

@@ -1,11 +1,14 @@
 """Attention backends against a naive softmax loop and against each other."""
 
+import importlib
 import itertools
 import types
+from importlib import metadata
 
 import pytest
 import torch
 import torch.nn.functional as F
+from flash_attn_signatures import FUNCTIONS, READ, signature, without_annotations
 
 from speechbrain_jepa import attention
 from speechbrain_jepa.attention import LONGEST_MATMUL_ROW, Rows, check_attention, choose_backend
@@ -191,9 +194,37 @@ TABLE = [
 def test_the_backend_follows_choice_device_dtype_and_what_is_installed(
     monkeypatch, choice, device, dtype, length, there, expected
 ):
-    module = types.SimpleNamespace() if there else None
+    module = types.ModuleType("flash_attn.flash_attn_interface") if there else None
     monkeypatch.setattr(attention, "_flash_attn_module", lambda: module)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert choose_backend(choice, device, dtype, row_length=length) == expected
+
+
+FLASH_2, CUTE = attention.FLASH_ATTN
+CAPABILITIES = [(FLASH_2, (7, 5), False), (FLASH_2, (8, 0), True), (FLASH_2, (9, 0), True),
+                (CUTE, (8, 0), False), (CUTE, (8, 9), False), (CUTE, (9, 0), True),
+                (CUTE, (10, 0), True)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "capability", "can_train"), CAPABILITIES)
+def test_flash_attn_serves_only_gpus_that_it_has_a_backward_pass_for(
+    monkeypatch, name, capability, can_train
+):
+    asked = []
+    monkeypatch.setattr(attention, "_flash_attn_module", lambda: types.ModuleType(name))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device: asked.append(device) or capability
+    )
+    device = torch.device("cuda:1")
+    backend = choose_backend("auto", device, torch.bfloat16)
+    assert backend == ("flash_attn" if can_train else "sdpa")
+    assert asked == [device]  # of several GPUs, the one in use
+    if can_train:
+        assert choose_backend("flash_attn", device, torch.bfloat16) == "flash_attn"
+    else:
+        has = ".".join(map(str, capability))
+        with pytest.raises(ValueError, match=f"{name} has no backward .* cuda:1 has {has}: .*auto"):
+            choose_backend("flash_attn", device, torch.bfloat16)
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -203,7 +234,7 @@ def test_the_backend_follows_choice_device_dtype_and_what_is_installed(
 def test_asking_for_flash_attn_where_it_cannot_run_is_a_clear_error(
     monkeypatch, there, device, dtype
 ):
-    module = types.SimpleNamespace() if there else None
+    module = types.ModuleType("flash_attn.flash_attn_interface") if there else None
     monkeypatch.setattr(attention, "_flash_attn_module", lambda: module)
     with pytest.raises(ValueError, match=f"half precision on a CUDA device, got {dtype} on"):
         choose_backend("flash_attn", device, dtype, row_length=65)
@@ -227,41 +258,52 @@ def test_an_unknown_choice_is_refused_with_the_choices(wrong):
 # --- flash-attn -------------------------------------------------------------------------------
 
 
-class FlashAttnStandIn:
-    """flash-attn's two functions by its documented signatures, with naive attention inside."""
+def stand_in_for(module: str, calls: list):
+    """The two functions as the package has them (flash_attn_signatures), naive attention inside.
 
-    @staticmethod
-    def flash_attn_func(q, k, v):
+    A call binds to the package's own signature, or fails as it would there. `calls` takes the name
+    of every function called.
+    """
+
+    def attend(q, k, v):
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
-    @staticmethod
-    def flash_attn_varlen_func(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+    def attend_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
         assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
         assert cu_seqlens_q[0] == 0 and cu_seqlens_q[-1] == len(q) == len(k) == len(v)
+        assert type(max_seqlen_q) is type(max_seqlen_k) is int  # of the host: no synchronisation
         assert cu_seqlens_q.diff().max() <= max_seqlen_q
         assert cu_seqlens_k.diff().max() <= max_seqlen_k
         rows = []
         for start, end in itertools.pairwise(cu_seqlens_q):
             row = (part[None, start:end] for part in (q, k, v))
-            rows.append(FlashAttnStandIn.flash_attn_func(*row)[0])
+            rows.append(attend(*row)[0])
         return torch.cat(rows)
 
+    def by_the_signature(name, compute):
+        def function(*args, **kwargs):
+            calls.append(name)
+            given = signature(module, name).bind(*args, **kwargs).arguments
+            out = compute(**given)  # what it does not know is a feature that nobody asked for
+            return (out, None) if READ[module]["returns"] == "out, lse" else out
 
-@pytest.fixture(params=["2.x", "CuTe"])
+        return function
+
+    computes = {"flash_attn_func": attend, "flash_attn_varlen_func": attend_packed}
+    assert computes.keys() == set(FUNCTIONS)
+    functions = {n: by_the_signature(n, f) for n, f in computes.items()}
+    return types.SimpleNamespace(**functions)
+
+
+@pytest.fixture(params=READ)
 def stand_in(request, monkeypatch):
-    """Rows that take flash-attn's path on a CPU. The CuTe version returns (out, lse)."""
-
-    class Returning(FlashAttnStandIn):
-        pass
-
-    if request.param == "CuTe":
-        for name in ("flash_attn_func", "flash_attn_varlen_func"):
-            plain = getattr(FlashAttnStandIn, name)
-            pair = staticmethod(lambda *args, plain=plain, **kwargs: (plain(*args, **kwargs), None))
-            setattr(Returning, name, pair)
-    monkeypatch.setattr(attention, "_flash_attn_module", lambda: Returning)
+    """Rows that take flash-attn's path on a CPU; gives the names of the functions called."""
+    calls = []
+    module = stand_in_for(request.param, calls)
+    monkeypatch.setattr(attention, "_flash_attn_module", lambda: module)
     monkeypatch.setattr(attention, "choose_backend", lambda *_, **__: "flash_attn")
+    return calls
 
 
 @pytest.mark.parametrize(
@@ -287,6 +329,7 @@ def test_packing_for_flash_attn_equals_sdpa(stand_in, valid):
         return rows.unpack(rows.attend(packed, HEADS))
 
     ours = value_and_gradient(flash, qkv, grad)
+    assert stand_in == ["flash_attn_func" if valid is None else "flash_attn_varlen_func"]
     if valid is not None and not valid.any(1).all():
         assert ours[0][1].count_nonzero() == ours[1][1].count_nonzero() == 0
         keep = valid.any(1)
@@ -296,6 +339,22 @@ def test_packing_for_flash_attn_equals_sdpa(stand_in, valid):
         theirs = naive_in_double(qkv, grad, valid)
     for our, their in zip(ours, theirs, strict=True):
         torch.testing.assert_close(our.double(), their, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("module", READ)
+def test_the_installed_flash_attn_has_the_signatures_that_its_stand_in_has(module):
+    """Of the versions that were read; of a newer one, the calls must bind to what it has."""
+    try:
+        installed = importlib.import_module(module)
+        version = metadata.version(READ[module]["package"])
+    except ImportError:
+        pytest.skip(f"{READ[module]['package']} is not installed: signatures not compared")
+    places = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+    for name, keywords in {"flash_attn_func": (), "flash_attn_varlen_func": places}.items():
+        found = without_annotations(getattr(installed, name))
+        if version in READ[module]["versions"]:
+            assert found == signature(module, name)
+        found.bind("q", "k", "v", **dict.fromkeys(keywords))
 
 
 def why_no_flash_attn() -> str:

@@ -2,6 +2,7 @@
 
 import csv
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from speechbrain.utils.epoch_loop import EpochCounter
 from speechbrain.utils.train_logger import FileTrainLogger, TensorboardLogger
 
-from speechbrain_jepa.brain import AtomicCheckpointer, JEPABrain
+from speechbrain_jepa.brain import AtomicCheckpointer, JEPABrain, default_precision
 from speechbrain_jepa.data import CropDataset, CropSampler, crop_loader, scan_folder
 from speechbrain_jepa.evaluation.online_probe import OnlineProbe
 from speechbrain_jepa.features import LogMelSpectrogram, Normalization
@@ -235,6 +236,112 @@ def test_online_probe_is_logged_with_the_losses(make_brain, loaders, audio_folde
         OnlineProbe(labelled / "labels.csv", every=0)
 
 
+def test_the_first_row_after_a_resume_is_that_of_a_run_never_stopped(
+    make_brain, loaders, tmp_path, monkeypatch
+):
+    """Rows of four steps, a checkpoint after step 2 and a kill in step 4."""
+    options = {"ckpt_interval_steps": 2, "ckpt_interval_minutes": 0}
+    whole = make_brain(log_interval=4)
+    whole.fit(whole.counter, *loaders)
+    expected = [row["train_loss"] for row in rows(tmp_path)]
+    assert len(expected) == 2  # of steps 1 to 4, and of 5 and 6
+
+    killed = make_brain(log_interval=4, checkpointer=True, run_opts=options)
+
+    def dies():
+        if killed.optimizer_step == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(
+        killed, "optimizers_step", lambda step=killed.optimizers_step: dies() or step()
+    )
+    with pytest.raises(KeyboardInterrupt):
+        killed.fit(killed.counter, *loaders)
+    resumed = make_brain(log_interval=4, checkpointer=True, run_opts=options)
+    resumed.fit(resumed.counter, *loaders)
+    assert [row["train_loss"] for row in rows(tmp_path)] == expected
+
+
+def test_one_validation_clip_makes_the_collapse_alarm_say_that_it_is_blind(
+    make_brain, loaders, caplog
+):
+    train, valid = loaders
+    dataset = torch.utils.data.Subset(valid.dataset, [0])
+    dataset.__getitems__ = lambda keys: valid.dataset.__getitems__(keys[:1])
+    alone = crop_loader(dataset, CropSampler(1, CLIPS, shuffle=False))
+    brain = make_brain(run_opts={"optimizer_step_limit": 1})
+    with caplog.at_level(logging.WARNING):
+        brain.fit(brain.counter, train, alone)
+    assert "alarm is blind" in caplog.text
+    assert "embedding_rank started at 1" in caplog.text
+    assert "embedding_deviation started at 0" in caplog.text
+    assert "1 validation clips: raise valid_share" in caplog.text
+    caplog.clear()
+    brain = make_brain(run_opts={"optimizer_step_limit": 1})
+    with caplog.at_level(logging.WARNING):
+        brain.fit(brain.counter, train, valid)
+    assert "blind" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("avx512_bf16", "amx", "limit", "expected"),
+    [
+        (True, True, "", "bf16"),
+        (True, False, "", "bf16"),
+        (False, True, "", "bf16"),
+        (False, False, "", "fp32"),  # AVX-512 alone: oneDNN says yes and converts
+        (True, True, "AVX512_CORE_AMX", "bf16"),
+        (True, True, "avx512_core_bf16", "bf16"),
+        (True, True, "AVX512_CORE", "fp32"),
+        (True, True, "AVX512_CORE_VNNI", "fp32"),
+    ],
+)
+def test_a_cpu_trains_in_bf16_only_where_it_multiplies_it_natively(
+    avx512_bf16, amx, limit, expected, monkeypatch
+):
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert default_precision("cpu") == expected
+
+
+def test_a_full_disk_is_named_and_gets_its_space_back(small_disk):
+    """A checkpoint of 0.5 MB fits on a disk of 1 MiB; a second one beside it does not."""
+    state = torch.nn.Linear(128_000, 1)
+    checkpointer = AtomicCheckpointer(small_disk / "save", {"state": state})
+    first = checkpointer.save_checkpoint()
+    (small_disk / "other").write_bytes(bytes(200_000))
+    with pytest.raises(OSError, match=f"the disk of {small_disk / 'save'} is full"):
+        checkpointer.save_checkpoint()
+    assert [path for path in (small_disk / "save").iterdir()] == [first.path]
+    (small_disk / "other").unlink()
+    assert shutil.disk_usage(small_disk).free > 500_000
+    with torch.no_grad():
+        state.weight.zero_()
+    checkpointer.recover_if_possible()
+    assert state.weight.any()
+
+
+def test_a_checkpoint_that_a_kill_left_half_deleted_is_removed(tmp_path):
+    state = torch.nn.Linear(2, 2)
+    checkpointer = AtomicCheckpointer(tmp_path, {"state": state, "other": torch.nn.Linear(1, 1)})
+    no_meta, no_parameters, complete, newest = (
+        checkpointer.save_checkpoint(name=name).path for name in ("a", "b", "c", "d")
+    )
+    (no_meta / "CKPT.yaml").unlink()
+    (no_parameters / "state.ckpt").unlink()
+    emptied = tmp_path / "CKPT+emptied"
+    emptied.mkdir()
+    partial = tmp_path / ".partial-CKPT+e"
+    shutil.copytree(complete, partial)
+    (tmp_path / "CKPT+notes.txt").touch()
+    checkpointer.remove_leftovers()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {complete.name, newest.name, "CKPT+notes.txt"}
+
+
 def test_a_half_written_checkpoint_is_never_picked(make_brain, loaders, tmp_path, monkeypatch):
     brain = make_brain(checkpointer=True)
     brain.fit(brain.counter, *loaders)
@@ -247,7 +354,7 @@ def test_a_half_written_checkpoint_is_never_picked(make_brain, loaders, tmp_path
     with pytest.raises(KeyboardInterrupt):
         brain.checkpointer.save_checkpoint()
     monkeypatch.undo()
-    leftovers = list((tmp_path / "save").glob("PARTIAL-*"))
+    leftovers = list((tmp_path / "save").glob(".partial-*"))
     assert len(leftovers) == 1
     assert brain.checkpointer.find_checkpoint().path == whole.path
     brain.checkpointer.save_checkpoint()

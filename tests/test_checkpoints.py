@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ from speechbrain_jepa.checkpoints import (
     write_config,
 )
 from speechbrain_jepa.features import Normalization
+from speechbrain_jepa.files import FolderInUse, whole_folder
 from speechbrain_jepa.jepa import JEPA
 from speechbrain_jepa.losses import SmoothL1
 from speechbrain_jepa.vit import Encoder, PatchGrid, Predictor
@@ -155,6 +157,7 @@ def test_the_model_card_names_the_training_and_valid_front_matter(folder):
     _, front, card = (folder / CARD).read_text().split("---\n", 2)
     assert yaml.safe_load(front)["library_name"] == "speechbrain"
     assert "steps: 1800" in card
+    assert "pip install ." in card and "pip install speechbrain-jepa" not in card  # no release yet
     for interface in ("WaveformEncoder.from_hparams", "-u audio_jepa", "AudioJEPA("):
         assert interface in card
 
@@ -167,7 +170,7 @@ def test_a_folder_is_replaced_as_a_whole(folder):
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
-@pytest.mark.parametrize("step", ["save_file", "_model_card"])
+@pytest.mark.parametrize("step", ["save_file", "model_card"])
 def test_a_save_that_fails_leaves_the_old_folder_and_nothing_else(step, folder, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("No space left on device")
@@ -177,6 +180,79 @@ def test_a_save_that_fails_leaves_the_old_folder_and_nothing_else(step, folder, 
         save_pretrained(folder, make_encoder(seed=1), Normalization())
     assert_same_parameters(load_pretrained(folder)[0], make_encoder())
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+KILLED = """
+import os, signal, sys
+from speechbrain_jepa import checkpoints
+from speechbrain_jepa.features import Normalization
+from speechbrain_jepa.vit import Encoder, PatchGrid
+def die(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[2] == "half":
+    checkpoints.model_card = die
+else:  # between the two renames
+    rename = os.rename
+    os.rename = lambda old, new, **kw: die() if str(old).endswith("new") else rename(old, new, **kw)
+encoder = Encoder(PatchGrid(frames=208), dim=24, depth=1, num_heads=3)
+checkpoints.save_pretrained(sys.argv[1], encoder, Normalization())
+"""
+
+
+@pytest.mark.parametrize("when", ["half", "renames"])
+def test_what_a_killed_export_left_goes_with_the_next_one(when, folder, tmp_path):
+    other = tmp_path / "other"
+    for target in (folder, other):
+        command = [sys.executable, "-c", KILLED, target, when]
+        assert subprocess.run(command).returncode == -signal.SIGKILL
+    leftovers = list(tmp_path.glob(".*"))
+    assert len(leftovers) == 2
+    if when == "renames":  # what was there waits beside; it is put back if the next one fails
+        assert not folder.exists()
+        with pytest.raises(ValueError, match="JSON"):
+            broken = Normalization()
+            broken.mean.fill_(float("nan"))
+            save_pretrained(folder, make_encoder(), broken)
+    assert_same_parameters(load_pretrained(folder)[0], make_encoder())
+    save_pretrained(folder, make_encoder(seed=1), Normalization())
+    assert_same_parameters(load_pretrained(folder)[0], make_encoder(seed=1))
+    assert len(list(tmp_path.glob(".*"))) == 1  # that of the other export stays
+
+
+def test_a_folder_that_another_process_writes_is_left_to_it(folder):
+    with (
+        whole_folder(folder) as partial,
+        pytest.raises(FolderInUse, match=r"it is writing \S*pretrained: wait for it"),
+    ):
+        save_pretrained(folder, make_encoder(seed=1), Normalization())
+    assert partial.parent != folder and not partial.exists()
+
+
+def test_an_export_beside_another_is_one_line(experiment, tmp_path):
+    from speechbrain_jepa.export import main
+
+    out = tmp_path / "out"
+    with whole_folder(out), pytest.raises(SystemExit, match=r"^export: .* is in use by process"):
+        main([str(experiment), str(out)])
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_the_old_folder(small_disk):
+    folder = small_disk / "p"
+    save_pretrained(folder, make_encoder(), Normalization())
+    encoder = Encoder(PatchGrid(frames=208), dim=96, depth=2, num_heads=3)  # 1.0 MB
+    with pytest.raises(OSError, match=r"the disk of \S*disk is full .*free some space"):
+        save_pretrained(folder, encoder, Normalization())
+    assert_same_parameters(load_pretrained(folder)[0], make_encoder())
+    assert list(small_disk.iterdir()) == [folder]
+
+
+def test_a_config_that_cannot_be_written_leaves_the_old_one(experiment, jepa):
+    path = experiment / "encoder_config.json"
+    before = path.read_text()
+    with pytest.raises(ValueError, match="JSON"):
+        write_config(path, jepa.context_encoder, Normalization(), {"loss": float("nan")})
+    assert path.read_text() == before
+    assert sorted(found.name for found in experiment.iterdir()) == [path.name, "save"]
 
 
 def test_nothing_but_a_pretrained_folder_is_ever_replaced(folder):

@@ -17,6 +17,7 @@ from speechbrain_jepa.checkpoints import save_pretrained
 from speechbrain_jepa.data.clips import find_audio, read_audio, read_clips
 from speechbrain_jepa.data.crops import UnreadableAudio
 from speechbrain_jepa.features import Normalization
+from speechbrain_jepa.files import folder_lock
 from speechbrain_jepa.vit import Encoder, PatchGrid
 
 
@@ -136,7 +137,7 @@ def test_bad_files_are_listed_and_the_others_embedded(folder, audio, tmp_path, c
         os.path.basename(r["file"]): r["reason"] for r in read_table(tmp_path / "emb.skipped.csv")
     }
     assert sorted(skipped) == names
-    assert "cannot be decoded" in skipped["broken.flac"]
+    assert "cannot be opened" in skipped["broken.flac"]
     assert skipped["empty.wav"] == "holds no samples"
     assert skipped["nan.wav"] == "holds NaN or infinite samples"
     with np.load(tmp_path / "emb.npz") as arrays:
@@ -261,6 +262,68 @@ def test_a_killed_run_loses_no_finished_part(folder, tmp_path):
     model = AudioJEPA(folder)
     expected = torch.cat([model.embed(read_audio(file)[None]) for file in find_audio(audio)])
     assert_close(np.load(out), expected.numpy())
+
+
+def test_parts_left_by_a_kill_after_the_output_are_removed(folder, audio, tmp_path, monkeypatch):
+    names = break_some(audio)
+    out, parts = tmp_path / "emb.npy", tmp_path / "emb.npy.parts"
+
+    def interrupt(*args):
+        raise Interrupted
+
+    with monkeypatch.context() as patched:
+        patched.setattr(embed.shutil, "rmtree", interrupt)
+        with pytest.raises(Interrupted):
+            run(folder, audio, out)
+    assert parts.exists()
+    written = out.read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(AudioJEPA, "embed", interrupt)  # nothing is embedded again
+        run(folder, audio, out)
+    assert out.read_bytes() == written and not parts.exists()
+    assert len(read_table(tmp_path / "emb.skipped.csv")) == len(names)
+
+
+def test_an_output_that_others_made_meanwhile_is_not_overwritten(
+    folder, audio, tmp_path, monkeypatch
+):
+    def interrupt(*args):
+        raise Interrupted
+
+    with monkeypatch.context() as patched:
+        patched.setattr(AudioJEPA, "embed", interrupt)
+        with pytest.raises(Interrupted):
+            run(folder, audio, tmp_path / "emb.npy")
+    (tmp_path / "emb.npy").write_text("precious")
+    with pytest.raises(SystemExit, match="exists already"):
+        run(folder, audio, tmp_path / "emb.npy")
+    assert (tmp_path / "emb.npy").read_text() == "precious"
+
+
+def test_a_second_process_with_the_same_output_is_told_who_is_at_it(folder, audio, tmp_path):
+    with (
+        folder_lock(tmp_path / "emb.npy.parts", fix=""),
+        pytest.raises(SystemExit, match=f"in use by process {os.getpid()} .* name another --out"),
+    ):
+        run(folder, audio, tmp_path / "emb.npy")
+    run(folder, audio, tmp_path / "emb.npy")
+    assert len(np.load(tmp_path / "emb.npy")) == 9
+
+
+@pytest.mark.parametrize("ending", [".npy", ".npz"])
+def test_a_full_disk_is_one_sentence_and_what_is_done_is_kept(ending, folder, tmp_path, small_disk):
+    audio = tmp_path / "long.wav"  # 240 s are 0.7 MB of time steps: the part fits, not the output
+    soundfile.write(audio, np.random.default_rng(0).normal(0, 0.1, 240 * 16_000), 16_000)
+    out = small_disk / f"emb{ending}"
+    command = [sys.executable, "-m", "speechbrain_jepa.embed", str(folder), str(audio)]
+    command += ["--out", str(out), "--level", "frame"]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 1, process.stderr
+    assert f"the disk of {small_disk}" in process.stderr.splitlines()[-1]
+    assert not out.exists()
+    assert [path.name for path in (small_disk / f"emb{ending}.parts").glob("*.np*")] == [
+        "part-000000.npz"
+    ]
 
 
 # Reading

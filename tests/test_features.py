@@ -192,8 +192,8 @@ def test_normalized_corpus_has_zero_mean_and_unit_deviation():
 
 def test_normalization_travels_with_the_state_dict():
     norm = Normalization()
-    norm.load_state_dict(Normalization(-7.06, 4.19).state_dict())  # AudioSet, released code
-    x = torch.tensor([-7.06, -7.06 + 4.19])
+    norm.load_state_dict(Normalization(-7.0633, 4.1971).state_dict())  # AudioSet, released code
+    x = torch.tensor([-7.0633, -7.0633 + 4.1971])
     torch.testing.assert_close(norm(x), torch.tensor([0.0, 1.0]))
 
 

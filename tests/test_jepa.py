@@ -169,6 +169,42 @@ def test_many_small_updates_follow_the_closed_form():
         assert_close(after.double(), expected, relative=updates * 2.0**-24)
 
 
+def test_updates_at_the_recipes_end_rate_follow_float64():
+    """Rate 0.99999 towards weights 0.2 % away, which move on: each update is under half the
+    spacing of float32. Compared with the same average in float64, rounded once.
+    """
+    jepa, rate, updates = build(moved=False), 0.99999, 3000
+    context = list(jepa.context_encoder.parameters())
+    target = list(jepa.target_encoder.parameters())
+    with torch.no_grad():
+        for ours, theirs in zip(context, target, strict=True):
+            theirs.normal_()
+            ours.copy_(theirs * (1 + 0.002 * torch.rand_like(theirs)))
+    start = [p.detach().double() for p in target]
+    expected = [p.clone() for p in start]
+    for _ in range(updates):
+        jepa.update_target(rate)
+        torch._foreach_lerp_(expected, [p.detach().double() for p in context], 1 - rate)
+        torch._foreach_mul_([p.data for p in context], 1 + 1e-7)
+    for before, ours, theirs in zip(start, target, expected, strict=True):
+        # half a spacing of the result, and less than a thousandth of the way
+        assert ((ours - theirs).abs() <= 1.01 * 2.0**-24 * theirs.abs()).all()
+        assert (ours - theirs).norm() < 2e-3 * (theirs - before).norm()
+
+
+def test_an_average_taken_up_from_its_state_dict_goes_on_to_the_last_bit():
+    jepa, resumed = build(), build(moved=False)
+    for _ in range(5):
+        jepa.update_target(0.9999)
+    resumed.load_state_dict(jepa.state_dict())
+    for _ in range(5):
+        jepa.update_target(0.9999)
+        resumed.update_target(0.9999)
+    for ours, theirs in zip(resumed.parameters(), jepa.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert any(rest.any() for rest in jepa.target_rest)
+
+
 def test_update_target_does_not_touch_the_context_encoder_or_the_graph():
     jepa = build()
     before = [p.detach().clone() for p in jepa.context_encoder.parameters()]

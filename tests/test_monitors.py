@@ -1,7 +1,16 @@
+import csv
+import itertools
+
 import pytest
 import torch
 
-from speechbrain_jepa.monitors import CollapseAlarm, PatchStatistics, effective_rank
+from speechbrain_jepa.monitors import (
+    CollapseAlarm,
+    Interval,
+    MetricsTable,
+    PatchStatistics,
+    effective_rank,
+)
 
 
 def test_effective_rank_of_equal_directions_is_their_number():
@@ -56,3 +65,73 @@ def test_alarm_rings_under_its_share_and_for_nan():
     assert len(alarm.check({"rank": float("nan"), "deviation": 0.0})) == 2
     with pytest.raises(ValueError, match=r"collapse_share=1\.5"):
         CollapseAlarm(share=1.5)
+
+
+def test_alarm_knows_what_started_too_low_to_fall():
+    """A rank is at least 1 and a deviation at least 0: a tenth of 10 and of 0 is no fall."""
+    alarm = CollapseAlarm(share=0.1)
+    alarm.check({"embedding_rank": 10.0, "embedding_deviation": 0.0, "target_deviation": 1e-3})
+    assert alarm.blind() == ["embedding_rank started at 10", "embedding_deviation started at 0"]
+    assert alarm.check({"embedding_rank": 1.0, "embedding_deviation": 0.0}) == []
+    alarm = CollapseAlarm(share=0.1)
+    alarm.check({"embedding_rank": 10.1, "embedding_deviation": 1e-3})
+    assert alarm.blind() == []
+
+
+def test_a_table_that_cannot_be_rewritten_stays_as_it_was(tmp_path, monkeypatch):
+    table = MetricsTable(tmp_path / "metrics.csv", ["step", "loss"])
+    for step in (1, 2, 3):
+        table.append(step=step, loss=0.5)
+    before = table.path.read_text()
+
+    def dies(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(csv.DictWriter, "writerows", dies)
+    with pytest.raises(KeyboardInterrupt):
+        table.drop_after(2)
+    assert table.path.read_text() == before
+    assert list(tmp_path.iterdir()) == [table.path]
+
+
+def test_a_row_that_a_full_disk_cut_off_is_dropped(tmp_path):
+    table = MetricsTable(tmp_path / "metrics.csv", ["step", "loss", "rank"])
+    table.append(step=11, loss=0.5, rank=3)
+    with open(table.path, "a") as file:
+        file.write("1")  # of a row 12
+    table.drop_after(11)
+    table.append(step=12, loss=0.25, rank=4)
+    assert [list(row.values()) for row in table.read()] == [["11", "0.5", "3"], ["12", "0.25", "4"]]
+
+
+def test_a_run_without_the_online_probe_keeps_the_column_it_had(tmp_path):
+    path = tmp_path / "metrics.csv"
+    MetricsTable(path, ["step", "accuracy"]).append(step=1, accuracy=90)
+    table = MetricsTable(path, ["step"])
+    table.drop_after(1)
+    table.append(step=2)
+    assert table.read() == [{"step": "1", "accuracy": "90"}, {"step": "2", "accuracy": ""}]
+
+
+def test_an_interval_taken_up_again_averages_all_its_batches(monkeypatch):
+    """With a clock that ticks once a look."""
+    clock = itertools.count()
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    interval, resumed = Interval(), Interval()
+    for loss in (0.1, 0.2, float("nan")):
+        interval.batch_arrived()
+        interval.batch_done(4, loss)
+    interval.stepped(ema_rate=0.9)
+    state = interval.state()
+    for _ in range(1000):
+        next(clock)  # the time between the kill and the next start
+    resumed.load(state)
+    before = interval.clips, interval.loss
+    assert (resumed.clips, resumed.loss) == before == (12, 0.1 + 0.2)
+    for one in (interval, resumed):
+        one.batch_done(4, 0.7)
+        one.stepped(ema_rate=0.99)
+    ours, theirs = resumed.close(2), interval.close(2)
+    assert ours["loss"] == theirs["loss"] == (0.1 + 0.2 + 0.7) / 3
+    assert ours["ema_rate"] == 0.99
+    assert ours["clips_per_second"] > 1 > 10 * theirs["clips_per_second"]

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from speechbrain_jepa.schedules import LinearRamp, WarmupCosine
+from speechbrain_jepa.schedules import LinearRamp, WarmupCosine, warmup_share
 
 
 def rates(schedule, total):
@@ -76,3 +76,11 @@ def test_ema_rate_of_a_run_of_one_step_is_its_start():
 def test_ema_rate_outside_0_to_1_is_refused(start, end):
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
         LinearRamp(start, end)
+
+
+@pytest.mark.parametrize(("warmup", "epochs"), [(20, 10), (3, 3), (-1, 10)])
+def test_a_warmup_that_is_not_shorter_than_the_run_names_both_lines_and_the_fix(warmup, epochs):
+    message = rf"warmup_epochs={warmup} .* number_of_epochs={epochs}: --warmup_epochs"
+    with pytest.raises(ValueError, match=message):
+        warmup_share(warmup, epochs)
+    assert warmup_share(20, 300) == 20 / 300

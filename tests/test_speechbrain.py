@@ -1,7 +1,10 @@
 """The encoder inside SpeechBrain: its inference interface, its weighted layers, its recipes."""
 
+import itertools
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import soundfile
@@ -9,6 +12,7 @@ import speechbrain as sb
 import torch
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.inference.encoders import WaveformEncoder
+from speechbrain.nnet.schedulers import CyclicLRScheduler
 
 from speechbrain_jepa import AudioJEPA
 from speechbrain_jepa.checkpoints import save_pretrained
@@ -326,3 +330,29 @@ def test_it_is_a_front_end_for_speechbrains_classifiers(folder):
     wavs, lens = torch.randn(4, 16_000), torch.ones(4)
     feats = hparams["mean_var_norm"](hparams["compute_features"](wavs), lens)
     assert hparams["embedding_model"](feats).shape == (4, 1, 32)
+
+
+# --- lines of docs/speechbrain.md for recipes that are not run here ------------------------------
+
+
+@pytest.mark.parametrize(("base", "peak", "last"), [(1e-8, 2e-4, 3.1e-5), (1e-3, 1e-3, 1e-3)])
+def test_esc50s_schedule_reaches_a_rate_that_learns_only_with_our_lines(base, peak, last):
+    """200 epochs of 38 training and 13 validation batches; second row: docs/speechbrain.md."""
+    optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=peak)
+    schedule = CyclicLRScheduler(base_lr=base, max_lr=peak, step_size=65_000)
+    for _ in range(200 * (38 + 13)):
+        schedule.on_batch_end(optimizer)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(last, rel=0.02)
+
+
+def test_three_overrides_read_google_speech_commands_where_the_script_writes_them():
+    """The yaml's lines of SpeechBrain 1.1.0; its script writes <output_folder>/<split>.csv."""
+    splits = ("train", "valid", "test")
+    lines = ["output_folder: out", "save_folder: !ref <output_folder>/save"]
+    lines += [f"{split}_annotation: !ref <save_folder>/{split}.csv" for split in splits]
+    page = (Path(__file__).parent.parent / "docs" / "speechbrain.md").read_text()
+    options = re.findall(r"(--\w+_annotation) '(.*)'", page)
+    assert len(options) == 3
+    _, _, overrides = sb.parse_arguments(["xvect.yaml", *itertools.chain(*options)])
+    loaded = load_hyperpyyaml("\n".join(lines), overrides)
+    assert [loaded[f"{split}_annotation"] for split in splits] == [f"out/{s}.csv" for s in splits]

@@ -1,56 +1,48 @@
 """The recipe as users start it: real processes, real files, real checkpoints."""
 
 import csv
+import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 
 REPOSITORY = Path(__file__).parents[1]
 TRAIN = str(REPOSITORY / "train.py")
-SMALL = [
-    "--encoder_dim",
-    "48",
-    "--encoder_depth",
-    "1",
-    "--encoder_heads",
-    "3",
-    "--predictor_dim",
-    "32",
-    "--predictor_depth",
-    "1",
-    "--predictor_heads",
-    "2",
-    "--batch_size",
-    "4",
-    "--number_of_epochs",
-    "3",
-    "--warmup_epochs",
-    "1",
-    "--num_workers",
-    "1",
-    "--norm_crops",
-    "16",
-    "--log_interval",
-    "1",
-    "--device",
-    "cpu",
-    "--noprogressbar",
-]
+SMALL = {
+    "--encoder_dim": "48",
+    "--encoder_depth": "1",
+    "--encoder_heads": "3",
+    "--predictor_dim": "32",
+    "--predictor_depth": "1",
+    "--predictor_heads": "2",
+    "--batch_size": "4",
+    "--number_of_epochs": "3",
+    "--warmup_epochs": "1",
+    "--num_workers": "1",
+    "--norm_crops": "16",
+    "--log_interval": "1",
+    "--device": "cpu",
+}
 
 
 def command(output, data, *options, recipe="jepa_unstructured", launcher=(sys.executable,)):
+    without = {*options, *(("--warmup_epochs",) if recipe == "quickstart" else ())}
     return [
         *launcher,
         TRAIN,
         str(REPOSITORY / "hparams" / f"{recipe}.yaml"),
         *("--output_folder", str(output), "--data_folder", str(data)),
-        *SMALL,
+        *itertools.chain(*(pair for pair in SMALL.items() if pair[0] not in without)),
+        "--noprogressbar",
         *options,
     ]
 
@@ -68,6 +60,8 @@ def run(*args, **kwargs):
 
 def metrics(output, prefix="train_"):
     """Rows that carry numbers of training (or validation), by optimiser step."""
+    if not (output / "metrics.csv").exists():
+        return {}
     with open(output / "metrics.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row[f"{prefix}loss"]]
     return {int(row["step"]): row for row in rows}
@@ -98,6 +92,34 @@ def test_training_leaves_logs_checkpoint_and_pretrained_folder(finished):
     assert (output / "pretrained" / "model.safetensors").exists()
     assert "epoch: 3, step: 15" in (output / "train_log.txt").read_text()
     assert str(output / "pretrained") in done.stdout
+
+
+def test_the_pretrained_folder_says_what_ran(finished):
+    """Not the yaml's lines: --precision fp32 was given, and validation follows it."""
+    output, _ = finished
+    training = json.loads((output / "pretrained" / "config.json").read_text())["training"]
+    expected = {
+        "loss": {"class": "SmoothL1", "beta": 1.0},
+        "masking": {"class": "UnstructuredMasking", "target_share": 0.6},
+        "learning_rate_schedule": {
+            "class": "WarmupCosine",
+            "peak_rate": 0.0003,
+            "warmup_share": 1 / 3,
+            "final_rate": 0.0,
+        },
+        "ema_schedule": {"class": "LinearRamp", "start": 0.99995, "end": 0.99999},
+        "precision": "fp32",
+        "eval_precision": "fp32",
+        "processes": 1,
+        "global_batch": 4,
+        "grad_accumulation_factor": 1,
+        "max_grad_norm": 3.0,
+        "optimizer_step_limit": None,
+    }
+    assert {name: training[name] for name in expected} == expected
+    card = (output / "pretrained" / "README.md").read_text()
+    assert "class: SmoothL1" in card and "processes: 1" in card
+    assert "eval_precision: fp32" in (output / "hyperparams.yaml").read_text()
 
 
 def test_learning_rate_follows_the_global_batch(finished):
@@ -150,15 +172,87 @@ def test_two_processes_train_together(audio_folder, tmp_path):
     rows = metrics(tmp_path)
     assert sorted(rows) == list(range(1, 7))  # 22 training files, 2 steps of 8 in an epoch
     assert float(rows[2]["train_learning_rate"]) == pytest.approx(3e-4 * 8 / 256)
-    assert (tmp_path / "pretrained" / "model.safetensors").exists()
+    training = json.loads((tmp_path / "pretrained" / "config.json").read_text())["training"]
+    assert (training["processes"], training["global_batch"]) == (2, 8)
+
+
+def test_ranks_whose_launcher_was_killed_keep_a_second_run_out(audio_folder, tmp_path):
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2")
+    launcher += ("--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0")
+    limit = ("--number_of_epochs", "1000", "--optimizer_step_limit")
+    options = ("--ckpt_interval_steps", "2", "--ckpt_interval_minutes", "0", "--num_workers", "0")
+    first = subprocess.Popen(
+        command(tmp_path, audio_folder, *limit, "1000000", *options, launcher=launcher),
+        cwd=REPOSITORY,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    ranks = []
+    try:
+        deadline = time.monotonic() + 200
+        while max(metrics(tmp_path), default=0) < 4 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        ranks = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+        first.kill()
+        steps = max(metrics(tmp_path))
+        holder = json.loads((tmp_path / ".lock-holder.json").read_text())["pid"]
+        second = run(tmp_path, audio_folder, *limit, "1", *options)
+        assert second.returncode != 0
+        assert f"{tmp_path} is in use by process {holder}" in second.stdout
+        assert "after a torchrun that was killed" in second.stdout
+        assert max(metrics(tmp_path)) > steps  # the ranks have gone on all the while
+    finally:
+        first.kill()
+        first.wait()
+        for rank in ranks:
+            os.kill(int(rank), signal.SIGKILL)
+    emptied = tmp_path / "save" / "CKPT+2020-01-01+00-00-00+00"
+    emptied.mkdir()
+    partial = tmp_path / "save" / ".partial-CKPT+2020-01-01+00-00-00+01"
+    partial.mkdir()
+    third = run(tmp_path, audio_folder, *limit, "1", *options)
+    assert third.returncode == 0, third.stdout
+    assert "Resuming after optimiser step" in third.stdout
+    assert not emptied.exists() and not partial.exists()
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file)]
+    assert steps == sorted(steps)
+
+
+def test_files_added_to_a_run_leave_its_normalisation(audio_folder, tmp_path):
+    """The quickstart's yaml, without what it does at the end, started again for one epoch more."""
+    data, output = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(audio_folder, data)
+    options = ("--after_training", "null", "--warmup_share", "0", "--passes_per_epoch", "1")
+    done = run(output, data, *options, "--number_of_epochs", "1", recipe="quickstart")
+    assert done.returncode == 0, done.stdout
+    config = output / "pretrained" / "config.json"
+    trained = json.loads(config.read_text())["normalization"]
+    noise = np.random.default_rng(0).uniform(-1, 1, size=(24, 48_000))
+    for number, wav in enumerate(noise):
+        soundfile.write(data / f"loud_{number}.wav", wav, 16_000)
+    done = run(output, data, *options, "--number_of_epochs", "2", recipe="quickstart")
+    assert done.returncode == 0, done.stdout
+    assert "Resuming after optimiser step" in done.stdout
+    exported = json.loads(config.read_text())
+    assert exported["training"]["checkpoint"]["epoch"] == 2
+    assert exported["normalization"] == trained
 
 
 @pytest.mark.parametrize("recipe", ["jepa_multiblock", "jepa_time"])
 def test_block_strategies_train_with_latent_targets(recipe, audio_folder, tmp_path):
     options = ("--target_masking", "latent", "--grad_accumulation_factor", "2")
-    done = run(tmp_path, audio_folder, *options, recipe=recipe)
+    done = run(tmp_path, audio_folder, *options, "--max_grad_norm", "1.5", recipe=recipe)
     assert done.returncode == 0, done.stdout
     assert sorted(metrics(tmp_path)) == list(range(1, 7))  # 5 batches of 4 an epoch, 2 a step
+    training = json.loads((tmp_path / "pretrained" / "config.json").read_text())["training"]
+    assert training["masking"]["target_share"] == [0.15, 0.2]
+    assert training["masking"]["context_share"] == [0.85, 1.0]
+    assert training["masking"].get("target_aspect") == (
+        [0.75, 1.5] if recipe == "jepa_multiblock" else None
+    )
+    assert training["grad_accumulation_factor"] == 2
+    assert (training["global_batch"], training["max_grad_norm"]) == (8, 1.5)
 
 
 @pytest.mark.parametrize("name", ["VarianceCovariance", "SIGReg"])
@@ -189,6 +283,11 @@ def test_debug_mode_is_short_and_leaves_nothing_to_resume(audio_folder, tmp_path
         (("--target_masking", "sound"), "target_masking='sound': choose one of audio, latent"),
         (("--attention", "flash_attn"), "attention=flash_attn needs half precision on a CUDA"),
         (("--grad_accumulation_factor", "100"), "grad_accumulation_factor=100 is more than"),
+        (
+            ("--number_of_epochs", "10", "--warmup_epochs", "20"),
+            "warmup_epochs=20 must be at least 0 and below number_of_epochs=10: "
+            "--warmup_epochs 0.67",
+        ),
     ],
 )
 def test_what_does_not_fit_fails_early_with_the_fix(options, message, audio_folder, tmp_path):

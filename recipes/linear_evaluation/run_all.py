@@ -59,7 +59,8 @@ def main(arguments: list[str]) -> int:
         for result in results:
             task = TASKS.get(result.task, result.task)
             profiles.setdefault(result.encoder, {})[task] = result.best.mean
-        known = [task for task in TASKS if any(result.task == task for result in results)]
+        comparable = {result.task for result in results if not result.own_split}
+        known = [task for task in TASKS if task in comparable]
         if known:
             row = dict(zip(TASKS, PAPER_ROWS[REFERENCE]))
             profiles[f"{REFERENCE[1]} (paper)"] = {TASKS[task]: row[task] for task in known}

@@ -21,8 +21,8 @@ from hyperpyyaml import load_hyperpyyaml
 from speechbrain.utils.logger import get_logger
 
 from speechbrain_jepa.evaluation import figures
-from speechbrain_jepa.evaluation.labelled import read_manifest
-from speechbrain_jepa.evaluation.linear_probe import probe
+from speechbrain_jepa.evaluation.labelled import read_labelled
+from speechbrain_jepa.evaluation.linear_probe import VERSION, probe
 from speechbrain_jepa.evaluation.results import RESULT, Result, summarise
 from speechbrain_jepa.evaluation.sources import load_source
 from speechbrain_jepa.evaluation.store import embed_once
@@ -54,7 +54,7 @@ def evaluate(hparams: dict, device: str = "cpu") -> tuple[Result, Path]:
         allow_missing=hparams["allow_missing"],
         **hparams["prepare"],
     )
-    clips = read_manifest(manifest, hparams["data_folder"], hparams["multilabel"])
+    clips = read_labelled(manifest, hparams["data_folder"], hparams["multilabel"])["label"]
 
     clip_seconds = hparams["clip_seconds"] or min(clips.longest, MAX_SECONDS)
 
@@ -89,6 +89,7 @@ def evaluate(hparams: dict, device: str = "cpu") -> tuple[Result, Path]:
         "labels": hashlib.sha256(Path(manifest).read_bytes()).hexdigest()[:16],
         "seeds": list(seeds),
         "protocol": {name: str(value) for name, value in vars(protocol).items()},
+        "probe_version": VERSION,
     }
     folder = result_folder(hparams, source.name, settings)
     if (folder / RESULT).exists():
@@ -109,6 +110,7 @@ def evaluate(hparams: dict, device: str = "cpu") -> tuple[Result, Path]:
             **{name: len(getattr(rows, name)) for name in ("train", "valid", "test")},
         },
         settings=settings,
+        own_split=prepare.TASK.has_own_split(hparams["prepare"]),
     )
     folder.mkdir(parents=True, exist_ok=True)
     if hparams["figures"]:

@@ -1,22 +1,15 @@
-"""Audio in: what there is (manifest), reading it (crops), and a corpus made on the spot (demo)."""
+"""Audio in: what there is (scan, manifest), reading it (audio, crops), and a corpus made on the
+spot (demo)."""
 
-from speechbrain_jepa.data.crops import (
-    CropBatch,
-    CropDataset,
-    CropSampler,
-    UnreadableAudio,
-    crop_loader,
-    read_crop,
-)
+from speechbrain_jepa.data.audio import UnreadableAudio
+from speechbrain_jepa.data.crops import CropBatch, CropDataset, read_crop
 from speechbrain_jepa.data.decoded import decode_once
 from speechbrain_jepa.data.demo import default_demo_folder, make_demo_corpus
-from speechbrain_jepa.data.manifest import (
-    Manifest,
-    SkippedFiles,
-    read_csv,
-    scan_folder,
-    split_held_out,
-)
+from speechbrain_jepa.data.manifest import Manifest
+from speechbrain_jepa.data.sampler import CropSampler, crop_loader
+from speechbrain_jepa.data.scan import read_csv, scan_folder
+from speechbrain_jepa.data.skipped import SkippedFiles
+from speechbrain_jepa.data.split import cut_segments, split_held_out
 
 __all__ = [
     "CropBatch",
@@ -26,6 +19,7 @@ __all__ = [
     "SkippedFiles",
     "UnreadableAudio",
     "crop_loader",
+    "cut_segments",
     "decode_once",
     "default_demo_folder",
     "make_demo_corpus",

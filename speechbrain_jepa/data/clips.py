@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from itertools import islice
 
 import torch
-from speechbrain.dataio import audio_io
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from speechbrain_jepa.data.crops import UnreadableAudio, resampler
-from speechbrain_jepa.data.manifest import list_audio
+from speechbrain_jepa.data.audio import UnreadableAudio, read_whole
+from speechbrain_jepa.data.listing import list_audio
+from speechbrain_jepa.data.resampling import resample
 from speechbrain_jepa.features import SAMPLE_RATE
 
 BATCH_SECONDS = 600.0  # of audio, padding included
@@ -76,20 +76,11 @@ def read_audio(path) -> Tensor:
     Raises
     ------
     UnreadableAudio
-        If the file cannot be decoded, holds no samples, or NaN or infinity.
+        If the file cannot be opened or decoded, holds no samples, more than 1 % of them are
+        missing, or one is NaN, infinite or beyond +-1e10.
     """
-    path = os.fspath(path)
-    try:
-        wav, rate = audio_io.load(path)
-    except Exception as error:  # whatever the decoder stumbles over, the other files go on
-        reason = str(error.__cause__ or error).replace("\n", " ")
-        raise UnreadableAudio(path, f"cannot be decoded: {reason}") from error
-    if wav.numel() == 0:
-        raise UnreadableAudio(path, "holds no samples")
-    if not wav.isfinite().all():
-        raise UnreadableAudio(path, "holds NaN or infinite samples")
-    wav = wav.mean(0)
-    return wav if rate == SAMPLE_RATE else resampler(rate)(wav)
+    wav, rate = read_whole(path)
+    return torch.from_numpy(resample(wav, rate))
 
 
 @dataclass

@@ -1,6 +1,8 @@
 """Decoding a small corpus once, when training goes through it many times."""
 
+import hashlib
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -8,9 +10,15 @@ import soundfile
 from tqdm import tqdm
 
 from speechbrain_jepa.data import shards
-from speechbrain_jepa.data.crops import UnreadableAudio, read_segment
-from speechbrain_jepa.data.manifest import Manifest, SkippedFiles
+from speechbrain_jepa.data.audio import UnreadableAudio, read_header
+from speechbrain_jepa.data.crops import read_segment
+from speechbrain_jepa.data.manifest import Manifest
+from speechbrain_jepa.data.resampling import resampled_length
+from speechbrain_jepa.data.skipped import SkippedFiles
 from speechbrain_jepa.features import SAMPLE_RATE
+from speechbrain_jepa.files import folder_lock, whole_file
+
+WAIT = 24 * 3600.0  # seconds, for another process that decodes into the same folder
 
 
 def decode_once(
@@ -24,7 +32,8 @@ def decode_once(
     """Write every segment as 16 kHz mono float wav, which crops are read from fastest.
 
     Takes 0.23 GB an hour of audio. Files that are there from before are kept unless the original
-    has changed. Segments that cannot be decoded are left out.
+    has changed; what a killed process left unfinished is removed, and another that decodes into the
+    same folder is waited for. Segments that cannot be decoded are left out.
 
     Arguments
     ---------
@@ -49,11 +58,13 @@ def decode_once(
     ------
     ValueError
         If nothing can be decoded.
+    OSError
+        If the disk is full.
 
     Example
     -------
     >>> import numpy as np
-    >>> from speechbrain_jepa.data.manifest import scan_folder
+    >>> from speechbrain_jepa.data.scan import scan_folder
     >>> folder = getfixture("tmp_path")
     >>> noise = np.random.default_rng(0).normal(0, 0.1, 22_050)
     >>> soundfile.write(folder / "noise.flac", noise, 22_050)
@@ -69,28 +80,50 @@ def decode_once(
         source = shards.join(data_folder or "", path)
         rate, start = int(manifest.sample_rate[item]), int(manifest.start[item])
         length, changed = int(manifest.length[item]), int(manifest.mtime_ns[item])
-        out = folder / f"{os.path.abspath(source).lstrip(os.sep)}@{start}+{length}.wav"
-        if not out.exists() or out.stat().st_mtime_ns != changed:
+        samples = resampled_length(length, rate)
+        out = folder / _name(source, start, length)
+        if not _is_decoded(out, samples, changed):
             try:
                 wav = read_segment(source, rate, start, length)
             except UnreadableAudio as error:
                 return path, error.reason
-            out.parent.mkdir(parents=True, exist_ok=True)
-            partial = out.with_name(f".{out.name}.{os.getpid()}")
-            soundfile.write(partial, wav, SAMPLE_RATE, format="WAV", subtype="FLOAT")
-            os.utime(partial, ns=(changed, changed))
-            partial.replace(out)
-        samples = soundfile.info(os.fsencode(out)).frames
+            with whole_file(out) as partial:
+                soundfile.write(partial, wav, SAMPLE_RATE, format="WAV", subtype="FLOAT")
+                os.utime(partial, ns=(changed, changed))
         return str(out), 0, samples, SAMPLE_RATE, samples, out.stat().st_size, changed
 
     rows = []
-    with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
+    with (
+        folder_lock(folder, "name another --cache_folder", WAIT),
+        ThreadPoolExecutor(num_threads or os.cpu_count()) as pool,
+    ):
         done = pool.map(decode, range(len(manifest)))
-        for row in tqdm(done, "Decoding", len(manifest), unit=" files", disable=not progress):
-            if len(row) > 2:
-                rows.append(row)
-            elif skipped is not None:
-                skipped.add(*row)
+        try:
+            for row in tqdm(done, "Decoding", len(manifest), unit=" files", disable=not progress):
+                if len(row) > 2:
+                    rows.append(row)
+                elif skipped is not None:
+                    skipped.add(*row)
+        except BaseException:  # a full disk, or an interrupt: the others are not begun
+            pool.shutdown(cancel_futures=True)
+            raise
     if not rows:
         raise ValueError(f"none of the {len(manifest)} files below {data_folder} can be decoded")
     return Manifest.from_rows(rows)
+
+
+def _name(source: str, start: int, length: int) -> str:
+    """Of a segment's wav: short and ASCII whatever the source is called."""
+    segment = os.fsencode(f"{os.path.abspath(source)}@{start}+{length}")
+    readable = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(source).stem)[:48]
+    return f"{readable}-{hashlib.blake2b(segment, digest_size=16).hexdigest()}.wav"
+
+
+def _is_decoded(out: Path, samples: int, changed: int) -> bool:
+    """Whether a whole copy of this version of the file is there."""
+    try:
+        if out.stat().st_mtime_ns != changed:
+            return False
+        return read_header(out) == (samples, SAMPLE_RATE)
+    except (OSError, UnreadableAudio):
+        return False

@@ -4,13 +4,21 @@ An uncompressed tar holds each file as one run of bytes. The scan notes where ea
 are decoded from there: nothing is unpacked, and order, crops and resuming are those of a folder.
 """
 
-import contextlib
 import io
 import os
+import re
+import stat
 import tarfile
 
 EXTENSION = ".tar"
 SEPARATOR = "::"  # between the path of the shard and the name inside
+LONGEST_NAME = 4096  # as in the file systems; a longer one is a damaged tar
+LARGEST_HEADER = 2**20  # bytes, of what a tar says about a member beside its name
+_SHARD = re.compile(f"^.*?{re.escape(EXTENSION)}(?={SEPARATOR})", re.IGNORECASE | re.DOTALL)
+_HEADERS = (
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+)
 
 
 class ShardMember(str):
@@ -42,7 +50,7 @@ class ShardMember(str):
     @property
     def shard(self) -> str:
         """Path of the tar."""
-        return self[: self.index(EXTENSION + SEPARATOR) + len(EXTENSION)]
+        return _SHARD.match(self).group()
 
     def open(self) -> io.BufferedReader:
         """The member's bytes, as a seekable file."""
@@ -80,15 +88,34 @@ class _Part(io.RawIOBase):
         super().close()
 
 
+class _Checked(tarfile.TarInfo):
+    """A member whose sizes are looked at before tarfile believes them: it would read a name of
+    gigabytes into memory, and go back in the file, for ever, by a negative size."""
+
+    def _proc_member(self, tar):
+        if self.size < 0:
+            raise tarfile.ReadError(f"a member of {self.size} bytes")
+        if self.type in _HEADERS and self.size > LARGEST_HEADER:
+            raise tarfile.ReadError(f"a name or header of {self.size} bytes")
+        return super()._proc_member(tar)
+
+
 def list_members(shard: str, extensions) -> tuple[dict[str, tuple[int, int]], str | None]:
     """The files in a tar whose names end in one of the extensions: {name: (offset, size)}, and what
-    is wrong with the tar, if something is. What is hidden or climbs (`..`) is passed over."""
+    is wrong with the tar, if something is. What is hidden or climbs (`..`) is passed over; what
+    comes before a damaged place can be used."""
     members, problem = {}, None
     try:
-        end = os.path.getsize(shard)
-        with tarfile.open(shard, "r:") as tar:
+        found = os.stat(shard)
+        if not stat.S_ISREG(found.st_mode):
+            return {}, "not a regular file"
+        end, place = found.st_size, -1
+        with tarfile.open(shard, "r:", tarinfo=_Checked) as tar:
             for member in tar:
                 tar.members = []  # tarfile keeps them all otherwise
+                if member.size < 0 or tar.offset <= place:  # as a pax header can still have it
+                    raise tarfile.ReadError(f"a member of {member.size} bytes")
+                place = tar.offset
                 name = member.name.removeprefix("./")
                 if not member.isreg() or member.issparse():
                     continue
@@ -96,12 +123,18 @@ def list_members(shard: str, extensions) -> tuple[dict[str, tuple[int, int]], st
                     continue
                 if os.path.splitext(name)[1].lower() not in extensions:
                     continue
-                if member.offset_data + member.size > end:
+                if len(name) > LONGEST_NAME or "\0" in name:
+                    problem = f"damaged: a name of {len(name)} characters, or with a NUL"
+                elif member.offset_data + member.size > end:
                     problem = f"truncated: ends inside {name}"
                 else:  # of two of the same name the second counts, as when unpacking
                     members[name] = member.offset_data, member.size
-    except (OSError, tarfile.TarError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+            tar.fileobj.seek(tar.offset)
+            # tarfile takes a damaged header for the end
+            if problem is None and tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                problem = f"damaged: no member begins at byte {tar.offset}"
+    except Exception as error:  # a tar can make tarfile raise nearly anything
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         problem = problem or f"cannot be read as a tar: {' '.join(reason.split())}"
     return members, problem
 
@@ -110,13 +143,3 @@ def join(folder: str | os.PathLike, path: str) -> str:
     """`os.path.join` that leaves a member of a shard one."""
     joined = os.path.join(folder, path)
     return ShardMember(joined, path.offset, path.size) if isinstance(path, ShardMember) else joined
-
-
-@contextlib.contextmanager
-def audio_source(path: str):
-    """What soundfile is given to open: a member's bytes, or the path."""
-    if isinstance(path, ShardMember):
-        with path.open() as file:
-            yield file
-    else:
-        yield os.fsencode(path)  # soundfile refuses names that are not UTF-8

@@ -1,13 +1,16 @@
-"""Labelled clips of a task: its manifest, who trains and who tests, and clips of one length.
+"""Labelled clips of a task: the csv that lists them, who trains and who tests.
 
-A manifest is a CSV with the columns ID, wav, duration, label, split, fold. `wav` is relative to the
-data folder; several labels of one clip are joined by `;`. Either every row has a split (train,
-valid or test) or every row has a fold.
+| column | |
+| --- | --- |
+| file, or wav | relative to the folder of the csv, or to a data folder |
+| split | train, valid or test |
+| fold | a number, in place of split: a cross-validation |
+| ID | default: the file |
+| duration | seconds; may be missing |
+| any other | a set of labels; several labels of one clip are joined by `;` |
 """
 
 import csv
-import zlib
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,14 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from speechbrain_jepa.data.clips import BATCH_SECONDS, read_clips
-from speechbrain_jepa.data.crops import UnreadableAudio
-from speechbrain_jepa.features import SAMPLE_RATE
-
-COLUMNS = ("ID", "wav", "duration", "label", "split", "fold")
+COLUMNS = ("ID", "wav", "duration", "label", "split", "fold")  # that the recipes' manifests have
+NO_LABELS = ("ID", "file", "wav", "duration", "split", "fold")
 SPLITS = ("train", "valid", "test")
 VALID_SHARE = 0.1  # of the training clips, where the data set names no validation clips
-CROP, DRAW = 0, 1  # what random numbers are for: independent streams of one seed
+DRAW = 1  # what random numbers are for: independent streams of one seed
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class LabelledClips:
         divisions = []
         for fold, train, valid, test in parts:
             if valid is None:
-                order = _random(seed, DRAW, fold or 0).permutation(len(train))
+                order = random_at(seed, DRAW, fold or 0).permutation(len(train))
                 count = max(round(VALID_SHARE * len(train)), 1)
                 valid, train = np.sort(train[order[:count]]), np.sort(train[order[count:]])
             rows = Rows(train, valid, np.flatnonzero(usable & test), fold)
@@ -155,64 +155,105 @@ class LabelledClips:
         return divisions
 
 
-def read_manifest(path, data_folder, multilabel: bool = False) -> LabelledClips:
-    """Read a task's manifest.
+@dataclass(frozen=True)
+class Features:
+    """Embeddings of labelled clips.
+
+    Arguments
+    ---------
+    array : array [L, n, C], float16 or float32
+        Memory-mapped. Rows that are not usable are zeros.
+    usable : array [n], bool
+    layers : list of int
+        The number of each of the L layers; -1 is the last.
+    folder : Path
+    """
+
+    array: np.ndarray
+    usable: np.ndarray
+    layers: list[int]
+    folder: Path
+
+
+def read_labelled(path, data_folder=None, multilabel: bool = False) -> dict[str, LabelledClips]:
+    """The sets of labels of a csv (see above), each with the rows that have a label in it.
 
     Arguments
     ---------
     path : str or Path
-        The CSV (see above).
-    data_folder : str or Path
-        What `wav` is relative to.
+    data_folder : str, Path or None
+        What files are relative to. None: the folder of the csv.
     multilabel : bool
-        Split labels at `;`. Default False.
+        Split labels at `;`, and keep rows without one. Default False.
 
     Returns
     -------
-    LabelledClips
+    dict of LabelledClips
+        By column.
 
     Raises
     ------
     ValueError
-        If a column is missing, a split has another name, train or test has no rows, rows with and
-        without folds are mixed, or an ID occurs twice.
+        If a column is missing, a split, fold or duration cannot be meant so, train or test has no
+        rows, rows with and without folds are mixed, or an ID occurs twice.
 
     Example
     -------
-    >>> path = getfixture("tmp_path") / "manifest.csv"
-    >>> rows = "a,a.wav,1.0,dog,train,\\nb,b.wav,1.0,cat,train,\\nc,c.wav,1.0,dog,test,\\n"
-    >>> _ = path.write_text("ID,wav,duration,label,split,fold\\n" + rows)
-    >>> clips = read_manifest(path, "/data")
-    >>> clips.classes, clips.targets.tolist(), clips.files[0]
-    (['cat', 'dog'], [1, 0, 1], '/data/a.wav')
+    >>> path = getfixture("tmp_path") / "labels.csv"
+    >>> rows = "a.wav,train,dog,low\\nb.wav,train,cat,\\nc.wav,test,dog,low\\n"
+    >>> _ = path.write_text("file,split,animal,pitch\\n" + rows)
+    >>> sets = read_labelled(path, "/data")
+    >>> sets["animal"].classes, sets["animal"].targets.tolist(), sets["pitch"].files
+    (['cat', 'dog'], [1, 0, 1], ['/data/a.wav', '/data/c.wav'])
     """
-    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-        reader = csv.DictReader(file)
-        rows = list(reader)
-        missing = [name for name in COLUMNS if name not in (reader.fieldnames or [])]
-    if missing or not rows:
+    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        reader = csv.DictReader(file, restval="")
+        rows, columns = list(reader), reader.fieldnames or []
+    names = [column for column in columns if column not in NO_LABELS]
+    fits = {"file", "wav"} & set(columns) and {"split", "fold"} & set(columns) and names
+    if not (fits and rows):
+        has = "no rows" if fits else f"the columns {', '.join(columns)}"
         raise ValueError(
-            f"{path} has {'no column ' + ', '.join(missing) if missing else 'no rows'}: a manifest "
-            f"has the columns {', '.join(COLUMNS)} and a row for each clip"
+            f"{path} has {has}: it needs file, split or fold, at least one column of labels, and a "
+            "row for each clip"
         )
+    root = Path(path).parent if data_folder is None else Path(data_folder)
+    sets = {}
+    for name in names:
+        labelled = [(line, row) for line, row in enumerate(rows, 2) if multilabel or row[name]]
+        sets[name] = _clips(path, root, name, labelled, multilabel)
+    return sets
+
+
+def _clips(path, root: Path, name: str, labelled: list[tuple[int, dict]], multilabel: bool):
+    def number(line: int, row: dict, column: str, kind: type):
+        try:
+            return kind(row[column]) if row.get(column) else None
+        except ValueError as error:
+            raise ValueError(
+                f"{path}, line {line}: {column} {row[column]!r} is no number"
+            ) from error
+
+    files = [row.get("file") or row.get("wav", "") for _, row in labelled]
+    durations = [number(*pair, "duration", float) for pair in labelled]
     clips = LabelledClips(
-        ids=[row["ID"] for row in rows],
-        files=[str(Path(data_folder) / row["wav"]) for row in rows],
-        labels=[row["label"] for row in rows],
-        splits=[row["split"] for row in rows],
-        folds=[int(row["fold"]) if row["fold"] else None for row in rows],
+        ids=[row.get("ID") or file for (_, row), file in zip(labelled, files)],
+        files=[str(root / file) for file in files],
+        labels=[row[name] for _, row in labelled],
+        splits=[row.get("split", "") for _, row in labelled],
+        folds=[number(*pair, "fold", int) for pair in labelled],
         multilabel=multilabel,
-        longest=max(float(row["duration"]) for row in rows),
+        longest=max(durations, default=None) if None not in durations else None,
     )
-    _check(path, clips)
+    _check(path, name, clips)
     return clips
 
 
-def _check(path, clips: LabelledClips) -> None:
+def _check(path, name: str, clips: LabelledClips) -> None:
     if len(set(clips.ids)) < len(clips):
         seen = set()
         twice = next(name for name in clips.ids if name in seen or seen.add(name))
-        raise ValueError(f"{path}: the ID {twice!r} occurs twice")
+        raise ValueError(f"{path}: {twice!r} occurs twice: a clip has one row")
     with_fold = sum(fold is not None for fold in clips.folds)
     if with_fold:
         if with_fold < len(clips):
@@ -228,98 +269,11 @@ def _check(path, clips: LabelledClips) -> None:
         raise ValueError(f"{path}: split {unknown.pop()!r} is none of {', '.join(SPLITS)}")
     for split in ("train", "test"):
         if split not in clips.splits:
-            raise ValueError(f"{path}: no row of split {split}")
+            raise ValueError(f"{path}: no row of split {split} has a label in {name}")
 
 
-def _random(seed: int, stream: int, place: int) -> np.random.Generator:
+def random_at(seed: int, stream: int, place: int) -> np.random.Generator:
     """Random numbers that belong to a place, without state or history."""
     return np.random.Generator(
         np.random.Philox(key=[seed % 2**64, stream], counter=[0, place, 0, 0])
     )
-
-
-def fixed_length(wav: Tensor, samples: int, draw: float = 0.0) -> Tensor:
-    """A clip of exactly `samples` samples.
-
-    Arguments
-    ---------
-    wav : Tensor [any]
-    samples : int
-    draw : float
-        From 0 to below 1: which part of a longer clip is taken. Default 0, the first. A shorter
-        one is followed by zeros.
-
-    Returns
-    -------
-    Tensor [samples]
-
-    Example
-    -------
-    >>> fixed_length(torch.tensor([1.0, 2.0, 3.0]), 2, draw=0.99), fixed_length(torch.ones(1), 2)
-    (tensor([2., 3.]), tensor([1., 0.]))
-    """
-    if len(wav) <= samples:
-        return torch.nn.functional.pad(wav, (0, samples - len(wav)))
-    start = int(draw * (len(wav) - samples + 1))
-    return wav[start : start + samples]
-
-
-def read_fixed(
-    clips: LabelledClips,
-    rows: Sequence[int],
-    clip_seconds: float,
-    crop_seed: int = 0,
-    batch_seconds: float = BATCH_SECONDS,
-    num_workers: int = 2,
-    on_failure: Callable[[int, UnreadableAudio], None] = lambda row, error: None,
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Read clips, all cut or padded to one length.
-
-    Of a longer clip, training and validation take a crop that depends on the clip's ID and
-    `crop_seed` only; test clips, and those of a cross-validation, their first part.
-
-    Arguments
-    ---------
-    clips : LabelledClips
-    rows : sequence of int
-        Which to read, in this order.
-    clip_seconds : float
-    crop_seed : int
-        Default 0.
-    batch_seconds : float
-        Of audio in a batch. Default 600.
-    num_workers : int
-        Decoding threads. Default 2.
-    on_failure : callable
-        Told of each row that cannot be used.
-
-    Yields
-    ------
-    rows : list of int
-    wav : Tensor [B, samples], float32
-        16 kHz.
-    """
-    samples = round(clip_seconds * SAMPLE_RATE)
-    same_file: dict[str, list[int]] = {}
-    for row in rows:
-        same_file.setdefault(clips.files[row], []).append(row)
-
-    def skip(error):
-        for row in same_file[error.path]:
-            on_failure(row, error)
-
-    def draw(row):
-        if clips.splits[row] not in ("train", "valid"):
-            return 0.0
-        return _random(
-            crop_seed, CROP, zlib.crc32(clips.ids[row].encode("utf-8", "surrogateescape"))
-        ).random()
-
-    for batch in read_clips(same_file, batch_seconds, num_workers, skip):
-        lengths = (batch.wav_lens * batch.wav.shape[1]).round().long().tolist()
-        found = [
-            (row, fixed_length(wav[:length], samples, draw(row)))
-            for file, wav, length in zip(batch.files, batch.wav, lengths)
-            for row in same_file[file]
-        ]
-        yield [row for row, _ in found], torch.stack([wav for _, wav in found])

@@ -7,7 +7,12 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from speechbrain_jepa.encoder import AudioJEPA
-from speechbrain_jepa.evaluation.quick_probe import embed_files, probe_table, read_label_sets
+from speechbrain_jepa.evaluation.quick_probe import (
+    embed_files,
+    files_used,
+    probe_table,
+    read_label_sets,
+)
 from speechbrain_jepa.features import Normalization
 from speechbrain_jepa.vit import Encoder
 
@@ -61,7 +66,7 @@ class OnlineProbe:
     @property
     def columns(self) -> list[str]:
         """Names of what a probe gives."""
-        return [f"{label_set.name}_accuracy" for label_set in self.label_sets]
+        return [f"{name}_accuracy" for name in self.label_sets]
 
     def __call__(self, encoder: Encoder, normalization: Normalization) -> dict[str, float]:
         """Embed the labelled files and probe.
@@ -71,8 +76,7 @@ class OnlineProbe:
         dict
             Per cent by column.
         """
-        used = (zip(label_set.files, label_set.splits) for label_set in self.label_sets)
-        files = [file for rows in used for file, split in rows if split != "valid"]
+        files = files_used(self.label_sets)
         embedder = embed_with(AudioJEPA((encoder, normalization)))
         features, read = embed_files(files, {"encoder": [embedder]})
         accuracy = probe_table(features, read, self.label_sets).accuracy.iloc[0]

@@ -4,9 +4,7 @@ Files are read and embedded once for all label sets; each label set is then prob
 multinomial logistic regression on the frozen, standardised features.
 """
 
-import csv
 import logging
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 
 from speechbrain_jepa.data.clips import read_audio
 from speechbrain_jepa.data.crops import UnreadableAudio
-from speechbrain_jepa.features import N_FFT, SAMPLE_RATE, LogMelSpectrogram
+from speechbrain_jepa.evaluation.labelled import LabelledClips, read_labelled
+from speechbrain_jepa.evaluation.linear_probe.logistic import regress, rotated
+from speechbrain_jepa.evaluation.logmel import logmel_statistics
+from speechbrain_jepa.features import N_FFT, SAMPLE_RATE
 
 logger = logging.getLogger(__name__)
 
@@ -30,32 +29,11 @@ FILES_AT_ONCE = 64
 Embed = Callable[[list[np.ndarray]], np.ndarray]
 
 
-@dataclass(frozen=True)
-class LabelSet:
-    """One classification task over audio files.
-
-    Arguments
-    ---------
-    name : str
-    files : list of Path
-    labels : list of str
-        None is empty.
-    splits : list of str
-        Each "train", "valid" or "test".
-    """
-
-    name: str
-    files: list[Path]
-    labels: list[str]
-    splits: list[str]
-
-
-def read_label_sets(folder) -> list[LabelSet]:
+def read_label_sets(folder) -> dict[str, LabelledClips]:
     """Label sets from the `meta.csv` in a folder, or in each of its subfolders, or from a csv.
 
-    The csv has the columns file (relative to its folder), split (train, valid or test) and one
-    column per label set. A column called label is named after the folder. Rows with an empty label
-    are left out of that label set.
+    See `labelled` for the csv. A column called label is named after the folder. Rows with an empty
+    label are left out of that label set.
 
     Arguments
     ---------
@@ -64,14 +42,16 @@ def read_label_sets(folder) -> list[LabelSet]:
 
     Returns
     -------
-    list of LabelSet
+    dict of LabelledClips
+        By name.
 
     Raises
     ------
     FileNotFoundError
         If there is no such file, nor a meta.csv in the folder or in any of its subfolders.
     ValueError
-        If a column is missing, a split has another name, or a label set has no train or test rows.
+        If a csv does not fit (see `read_labelled`) or has folds in place of splits, or two label
+        sets have one name.
 
     Example
     -------
@@ -79,9 +59,8 @@ def read_label_sets(folder) -> list[LabelSet]:
     >>> folder.mkdir()
     >>> rows = "file,split,label\\n1.wav,train,a\\n2.wav,train,o\\n3.wav,test,a\\n"
     >>> _ = (folder / "meta.csv").write_text(rows)
-    >>> task = read_label_sets(folder)[0]
-    >>> task.name, task.labels
-    ('vowels', ['a', 'o', 'a'])
+    >>> read_label_sets(folder)["vowels"].labels
+    ['a', 'o', 'a']
     """
     folder = Path(folder)
     tables = [folder if folder.is_file() else folder / "meta.csv"]
@@ -92,41 +71,19 @@ def read_label_sets(folder) -> list[LabelSet]:
             f"{folder}: no meta.csv here or in a subfolder; it lists the labelled files with the "
             "columns file, split and one per label set"
         )
-    return [label_set for table in tables for label_set in _read_table(table)]
-
-
-def _read_table(table: Path) -> list[LabelSet]:
-    with open(table, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        rows, columns = list(reader), reader.fieldnames or []
-    names = [column for column in columns if column not in ("file", "split")]
-    if not {"file", "split"} <= set(columns) or not names:
-        raise ValueError(
-            f"{table} has the columns {', '.join(columns)}: "
-            "it needs file, split and at least one column of labels"
-        )
-    label_sets = []
-    for name in names:
-        labelled = [row for row in rows if row[name]]
-        splits = [row["split"] for row in labelled]
-        unknown = set(splits) - {"train", "valid", "test"}
-        if unknown:
-            raise ValueError(f"{table}: split {unknown.pop()!r} is none of train, valid, test")
-        for split in ("train", "test"):
-            if split not in splits:
-                raise ValueError(f"{table}: no row of split {split} has a label in {name}")
-        label_sets.append(
-            LabelSet(
-                name=table.parent.resolve().name if name == "label" else name,
-                files=[table.parent / row["file"] for row in labelled],
-                labels=[row[name] for row in labelled],
-                splits=splits,
-            )
-        )
+    label_sets: dict[str, LabelledClips] = {}
+    for table in tables:
+        for column, clips in read_labelled(table).items():
+            name = table.parent.resolve().name if column == "label" else column
+            if name in label_sets:
+                raise ValueError(f"{table}: two label sets have one name, {name}")
+            if clips.has_folds:
+                raise ValueError(f"{table} has folds: this probe needs a split (train, test)")
+            label_sets[name] = clips
     return label_sets
 
 
-def _read(file: Path) -> np.ndarray:
+def _read(file: str | Path) -> np.ndarray:
     """A whole file [samples] that has at least one window."""
     wav = read_audio(file)
     if len(wav) < N_FFT:
@@ -136,13 +93,13 @@ def _read(file: Path) -> np.ndarray:
 
 
 def embed_files(
-    files: Sequence[Path], embedders: dict[str, Sequence[Embed]]
-) -> tuple[dict[str, list[np.ndarray]], list[Path]]:
+    files: Sequence[str | Path], embedders: dict[str, Sequence[Embed]]
+) -> tuple[dict[str, list[np.ndarray]], list[str | Path]]:
     """Read every file once and embed it with every embedder.
 
     Arguments
     ---------
-    files : sequence of Path
+    files : sequence of str or Path
         Repetitions are embedded once. Files that cannot be read are skipped, each with a warning.
     embedders : dict of sequences of callables
         For each name one embedder per seed: `embed(list of n float32 arrays [samples] at 16 kHz)`
@@ -151,7 +108,7 @@ def embed_files(
     Returns
     -------
     features : dict of lists of arrays [files read, dims], float32
-    read : list of Path
+    read : list of str or Path
         The files behind the rows.
 
     Raises
@@ -185,37 +142,6 @@ def embed_files(
     if not read:
         raise RuntimeError(f"none of {len(files)} files could be read, the first is {files[:1]}")
     return {name: [np.concatenate(rows) for rows in seeds] for name, seeds in parts.items()}, read
-
-
-@torch.inference_mode()
-def logmel_statistics(
-    wavs: Sequence[np.ndarray] | torch.Tensor, log_mel: LogMelSpectrogram | None = None
-) -> np.ndarray:
-    """Mean and deviation over time of each log-mel band: the baseline of any encoder.
-
-    Arguments
-    ---------
-    wavs : sequence of arrays [samples], or Tensor [n, samples]
-        At 16 kHz. Lengths may differ.
-    log_mel : LogMelSpectrogram, or None
-        None: a new one.
-
-    Returns
-    -------
-    array [n, 160], float32
-        80 means, then 80 deviations.
-
-    Example
-    -------
-    >>> logmel_statistics(torch.randn(2, 16_000)).shape
-    (2, 160)
-    """
-    log_mel = log_mel or LogMelSpectrogram()
-    rows = []
-    for wav in wavs:
-        spectrogram = log_mel(torch.as_tensor(wav)[None])[0]
-        rows.append(torch.cat([spectrogram.mean(1), spectrogram.std(1, correction=0)]))
-    return torch.stack(rows).numpy()
 
 
 def probe(train_x, train_y, test_x, test_y) -> float:
@@ -254,20 +180,17 @@ def probe(train_x, train_y, test_x, test_y) -> float:
         bad = np.count_nonzero(~np.isfinite(x).all(axis=1))
         if bad:
             raise ValueError(f"{bad} of {len(x)} {split} embeddings are not finite")
-    classes = np.unique(train_y)
+    classes, targets = np.unique(train_y, return_inverse=True)
     if len(classes) < 2:
         raise ValueError(f"train has one class only, {classes}: a probe needs two or more")
     mean, deviation = train_x.mean(0), train_x.std(0)
     scale = np.where(deviation > 1e-8, deviation, np.inf) * np.sqrt(train_x.shape[1])
-    train_x, test_x = (train_x - mean) / scale, (test_x - mean) / scale
-    if train_x.shape[1] > train_x.shape[0]:
-        basis = np.linalg.qr(train_x.T)[0]
-        train_x, test_x = train_x @ basis, test_x @ basis
-    regression = LogisticRegression(C=INVERSE_PENALTY, max_iter=MAX_ITERATIONS)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        regression.fit(train_x.astype(np.float32), train_y)
-    return float(regression.score(test_x.astype(np.float32), test_y))
+    train_x, test_x = (torch.from_numpy((x - mean) / scale).float() for x in (train_x, test_x))
+    blocks, basis = rotated([(train_x, torch.from_numpy(targets))])
+    weight, bias, _ = regress(blocks, len(classes), INVERSE_PENALTY, MAX_ITERATIONS)
+    test_x = test_x if basis is None else test_x @ basis
+    found = classes[(test_x @ weight.T + bias).argmax(1).numpy()]
+    return float(np.mean(found == np.asarray(test_y)))
 
 
 @dataclass(frozen=True)
@@ -325,7 +248,9 @@ class ProbeTable:
 
 
 def probe_table(
-    features: dict[str, Sequence[np.ndarray]], files: Sequence[Path], label_sets: list[LabelSet]
+    features: dict[str, Sequence[np.ndarray]],
+    files: Sequence[str | Path],
+    label_sets: dict[str, LabelledClips],
 ) -> ProbeTable:
     """Probe every label set with every set of features.
 
@@ -333,9 +258,10 @@ def probe_table(
     ---------
     features : dict of sequences of arrays [files, dims]
         One array per seed, as `embed_files` gives them.
-    files : sequence of Path
+    files : sequence of str or Path
         The files behind the rows. A label set's other files are left out.
-    label_sets : list of LabelSet
+    label_sets : dict of LabelledClips
+        See `read_label_sets`.
 
     Returns
     -------
@@ -344,36 +270,34 @@ def probe_table(
     Raises
     ------
     ValueError
-        If two label sets have one name, or the files read leave a label set without train or test
-        rows.
+        If the files read leave a label set without train or test rows.
 
     Example
     -------
-    >>> files = [Path(f"{i}.wav") for i in range(6)]
-    >>> task = LabelSet("parity", files, list("ababab"), ["train"] * 4 + ["test"] * 2)
+    >>> files = [f"{i}.wav" for i in range(6)]
+    >>> splits = ["train"] * 4 + ["test"] * 2
+    >>> task = LabelledClips(files, files, list("ababab"), splits, [None] * 6)
     >>> x = np.array([[0.0], [1.0]] * 3)
-    >>> table = probe_table({"untrained": [x * 0, x * 0], "trained": [x, x]}, files, [task])
+    >>> features = {"untrained": [x * 0, x * 0], "trained": [x, x]}
+    >>> table = probe_table(features, files, {"parity": task})
     >>> print(table)
     Linear probe, test accuracy in %, mean ± deviation over 2 seeds
                     parity      average
     untrained   50.0 ± 0.0   50.0 ± 0.0
     trained    100.0 ± 0.0  100.0 ± 0.0
     """
-    names = [label_set.name for label_set in label_sets]
-    if len(set(names)) < len(names):
-        raise ValueError(f"two label sets have one name: {', '.join(sorted(names))}")
-    row_of = {file: row for row, file in enumerate(files)}
+    row_of = {str(file): row for row, file in enumerate(files)}
     accuracy = {}
-    for label_set in label_sets:
+    for task, clips in label_sets.items():
         rows, labels = {"train": [], "test": []}, {"train": [], "test": []}
-        for file, label, split in zip(label_set.files, label_set.labels, label_set.splits):
+        for file, label, split in zip(clips.files, clips.labels, clips.splits):
             if split in rows and file in row_of:
                 rows[split].append(row_of[file])
                 labels[split].append(label)
         for split, found in rows.items():
             if not found:
-                raise ValueError(f"label set {label_set.name}: no {split} file could be read")
-        accuracy[label_set.name] = {
+                raise ValueError(f"label set {task}: no {split} file could be read")
+        accuracy[task] = {
             (name, seed): 100
             * probe(x[rows["train"]], labels["train"], x[rows["test"]], labels["test"])
             for name, seeds in features.items()
@@ -381,6 +305,12 @@ def probe_table(
         }
     index = pd.MultiIndex.from_tuples(next(iter(accuracy.values())), names=["features", "seed"])
     return ProbeTable(pd.DataFrame(accuracy, index=index))
+
+
+def files_used(label_sets: dict[str, LabelledClips]) -> list[str]:
+    """The files that `probe_table` needs: those of train and test."""
+    pairs = (zip(clips.files, clips.splits) for clips in label_sets.values())
+    return [file for rows in pairs for file, split in rows if split != "valid"]
 
 
 def quick_probe(folder, embedders: dict[str, Sequence[Embed]]) -> ProbeTable:
@@ -398,11 +328,6 @@ def quick_probe(folder, embedders: dict[str, Sequence[Embed]]) -> ProbeTable:
     ProbeTable
     """
     label_sets = read_label_sets(folder)
-    files = [
-        file
-        for task in label_sets
-        for file, split in zip(task.files, task.splits)
-        if split != "valid"
-    ]
+    files = files_used(label_sets)
     features, read = embed_files(files, {"log-mel statistics": [logmel_statistics], **embedders})
     return probe_table(features, read, label_sets)

@@ -11,6 +11,7 @@ import pandas as pd
 
 from speechbrain_jepa.evaluation.labelled import LabelledClips
 from speechbrain_jepa.evaluation.linear_probe import Outcome
+from speechbrain_jepa.files import whole_file, write_text
 
 RESULT = "result.json"
 
@@ -45,6 +46,7 @@ PAPER_ROWS = {  # (table, row): accuracy in % on TASKS, in their order
     ("3", "time, latent"): (82.3, 81.0, 85.2, 30.6, 60.9, 75.6, 73.7, 37.7),
 }
 REFERENCE = ("2", "JEPA, d = 2.1 s")  # what differences are to
+OWN_SPLIT = "†"  # marks scores that compare with nobody else's
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,9 @@ class Result:
         Clips: in all, skipped, and of the first division's train, valid and test.
     settings : dict
         Whatever the scores depend on.
+    own_split : bool
+        The clips were divided in a way of this recipe's own: the paper's scores are on other clips.
+        Default False.
     """
 
     task: str
@@ -109,6 +114,7 @@ class Result:
     confusion: list[list[int]]
     counts: dict
     settings: dict = field(default_factory=dict)
+    own_split: bool = False
 
     @property
     def best(self) -> LayerScore:
@@ -117,10 +123,7 @@ class Result:
 
     def save(self, path) -> None:
         """Write as JSON, whole or not at all."""
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
-        partial.replace(path)
+        write_text(path, json.dumps(asdict(self), indent=1))
 
     @classmethod
     def load(cls, path) -> "Result":
@@ -154,7 +157,7 @@ def summarise(
     layers : sequence of int
         Of the features.
     **facts
-        task, encoder, probe, counts, settings.
+        task, encoder, probe, counts, settings, own_split.
 
     Returns
     -------
@@ -223,7 +226,8 @@ def table(
     Returns
     -------
     ours : DataFrame of str
-        "mean ± deviation (difference)" in per cent, empty where there is no result.
+        "mean ± deviation (difference)" in per cent, empty where there is no result; a dagger in
+        place of the difference where the split is not the paper's.
     theirs : DataFrame of str
         Only tasks of the paper; empty where ours has none of them.
 
@@ -245,6 +249,8 @@ def table(
         text = _score(result.best)
         if result.metric != "accuracy":
             text += f" {result.metric}"
+        elif result.own_split:
+            text += f" {OWN_SPLIT}"
         elif reference and result.task in TASKS:
             place = list(TASKS).index(result.task)
             text += f" ({result.best.mean - PAPER_ROWS[reference][place]:+.1f})"
@@ -282,19 +288,25 @@ def write_tables(results: Iterable[Result], folder, reference=REFERENCE) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     ours, theirs = table(results, reference)
     _write_csv(results, folder / "results.csv")
-    note = _note(reference if len(theirs.columns) else None)
+    note = _note(reference if len(theirs.columns) else None, results)
     both = pd.concat([ours, theirs]).fillna("")
-    (folder / "results.md").write_text(f"{_markdown(both)}\n\n{note}\n", encoding="utf-8")
-    (folder / "results.tex").write_text(_latex(ours, theirs, note), encoding="utf-8")
+    write_text(folder / "results.md", f"{_markdown(both)}\n\n{note}\n")
+    write_text(folder / "results.tex", _latex(ours, theirs, note))
     return f"{both.to_string()}\n{note}"
 
 
-def _note(reference) -> str:
+def _note(reference, results: Sequence[Result]) -> str:
     note = "Test score in %, mean ± deviation between seeds."
     if reference:
         note += (
             f" In brackets: difference to the paper's {reference[1]} (Table {reference[0]}). "
             f"Paper: {PAPER}, Tables 2 and 3."
+        )
+    own = dict.fromkeys(TASKS.get(r.task, r.task) for r in results if r.own_split)
+    if own:
+        note += (
+            f" {OWN_SPLIT} {', '.join(own)}: divided by this recipe (no --split_csv), so that "
+            "other rows are on other clips."
         )
     return note
 
@@ -302,7 +314,7 @@ def _note(reference) -> str:
 def _write_csv(results: list[Result], path: Path) -> None:
     columns = ["encoder", "task", "probe", "layer", "metric", "mean", "deviation", "seeds"]
     columns += ["valid", "nearest_neighbours", "paper", "source"]
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with whole_file(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
         for result in results:
@@ -310,7 +322,8 @@ def _write_csv(results: list[Result], path: Path) -> None:
                 name = "last" if layer.layer == -1 else layer.layer
                 row = [result.encoder, result.task, result.probe, name, result.metric]
                 row += [round(layer.mean, 3), round(layer.deviation, 3), len(layer.seeds)]
-                writer.writerow([*row, round(layer.valid, 3), layer.neighbours, False, ""])
+                source = "own split" if result.own_split else ""
+                writer.writerow([*row, round(layer.valid, 3), layer.neighbours, False, source])
         tasks = {result.task for result in results}
         for (number, name), values in PAPER_ROWS.items():
             for task, value in zip(TASKS, values):
@@ -328,7 +341,13 @@ def _markdown(frame: pd.DataFrame) -> str:
 def _latex(ours: pd.DataFrame, theirs: pd.DataFrame, note: str) -> str:
     def cell(text) -> str:
         text = str(text)
-        for plain, escaped in (("_", r"\_"), ("%", r"\%"), ("&", r"\&"), ("±", r"$\pm$")):
+        for plain, escaped in (
+            ("_", r"\_"),
+            ("%", r"\%"),
+            ("&", r"\&"),
+            ("±", r"$\pm$"),
+            ("†", r"$\dagger$"),
+        ):
             text = text.replace(plain, escaped)
         return text
 

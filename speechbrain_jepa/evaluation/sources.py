@@ -19,6 +19,7 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from speechbrain_jepa import __version__
 from speechbrain_jepa.checkpoints import CONFIG, MODEL_TYPE, load_pretrained
 from speechbrain_jepa.embed import PRECISIONS
 from speechbrain_jepa.encoder import AudioJEPA
-from speechbrain_jepa.evaluation.quick_probe import logmel_statistics
+from speechbrain_jepa.evaluation.logmel import logmel_statistics
 from speechbrain_jepa.features import SAMPLE_RATE, LogMelSpectrogram, Normalization
 from speechbrain_jepa.vit import Encoder, PatchGrid
 
@@ -73,9 +74,9 @@ class Source:
     @property
     def device(self) -> torch.device:
         """Where it computes."""
-        return next((value.device for value in self.module.state_dict().values()), None) or (
-            torch.device("cpu")
-        )
+        # not of the state dict, where log-mel has nothing
+        tensors = chain(self.module.parameters(), self.module.buffers())
+        return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
     @torch.inference_mode()
     def embed(self, wav: Tensor) -> Tensor:
@@ -203,7 +204,7 @@ def _untrained(folder: str, seed: int):
         loaded, normalization, _ = load_pretrained(folder)
         grid, config = loaded.grid, loaded.config
     else:
-        grid, config, normalization = PatchGrid(), {}, Normalization(-7.06, 4.19)  # AudioSet's
+        grid, config, normalization = PatchGrid(), {}, Normalization(-7.0633, 4.1971)  # AudioSet's
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = Encoder(grid, **config)
@@ -256,7 +257,7 @@ def _s3prl(name: str, upstream: str, all_layers: bool, precision: str, device) -
     except (ImportError, AttributeError) as error:
         raise ImportError(
             f"--encoder {name}: is no folder here, and for an upstream s3prl cannot be imported "
-            f"({error}): check the path, or pip install speechbrain-jepa[s3prl]"
+            f"({error}): check the path, or pip install '.[s3prl]' in a clone of this repository"
         ) from error
     entry = getattr(hub, upstream, None)
     if entry is None:

@@ -1,5 +1,7 @@
 """Embeddings of a data set on the disk, computed once, never those of another encoder.
 
+One process embeds into a folder; another that wants the same embeddings waits and finds them.
+
 <folder>/<encoder>-<key>/
   key.json            encoder, settings, data: what the key is the hash of
   normalization.json  mean and deviation of the data set's log-mel, if they were measured
@@ -10,45 +12,27 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from speechbrain_jepa.data.clips import BATCH_SECONDS
-from speechbrain_jepa.data.manifest import SkippedFiles
-from speechbrain_jepa.evaluation.labelled import LabelledClips, read_fixed
+from speechbrain_jepa.data.skipped import SkippedFiles
+from speechbrain_jepa.evaluation.fixed_clips import read_fixed
+from speechbrain_jepa.evaluation.labelled import Features, LabelledClips
 from speechbrain_jepa.evaluation.sources import Source
+from speechbrain_jepa.files import folder_lock, new_array, whole_file, write_text
 
 FORMAT_VERSION = 1
 MAX_NORMALIZATION_CLIPS = 5000
 FLUSH_SECONDS = 30.0  # what a power failure may cost; a killed process costs a batch
 TO_DO, EMBEDDED, SKIPPED = 0, 1, 2
 DTYPES = ("float16", "float32")
-
-
-@dataclass(frozen=True)
-class Features:
-    """Embeddings of a manifest's rows.
-
-    Arguments
-    ---------
-    array : array [L, n, C], float16 or float32
-        Memory-mapped. Rows that are not usable are zeros.
-    usable : array [n], bool
-    layers : list of int
-        The number of each of the L layers; -1 is the last.
-    folder : Path
-    """
-
-    array: np.ndarray
-    usable: np.ndarray
-    layers: list[int]
-    folder: Path
 
 
 def embed_once(
@@ -105,51 +89,61 @@ def embed_once(
         "dtype": dtype,
         "data": _fingerprint(clips),
     }
-    place = _place(folder, source.name, key)
     reading = {"crop_seed": crop_seed, "batch_seconds": batch_seconds, "num_workers": num_workers}
-    _fit(source, clips, clip_seconds, place, reading)
+    place = _place(folder, source.name, key)
+    with folder_lock(place, fix="end it, or name another --features_folder", wait=math.inf):
+        write_text(place / "key.json", json.dumps(key, indent=2, sort_keys=True))
+        _fit(source, clips, clip_seconds, place, reading)
+        _embed(source, clips, clip_seconds, place, layer, dtype, reading, progress)
+    array, states = _open(place, mode="r")
+    layers = list(range(len(array))) if layer == "all" else [-1 if layer == "last" else int(layer)]
+    return Features(array, np.asarray(states) == EMBEDDED, layers, place)
+
+
+def _embed(
+    source: Source, clips: LabelledClips, clip_seconds, place: Path, layer, dtype, reading, progress
+) -> None:
+    """Embed what is left to do."""
     array, states = _open(place)
     left = np.flatnonzero(states == TO_DO) if states is not None else np.arange(len(clips))
-    if len(left):
-        skipped = SkippedFiles(place / "skipped.csv")
-        failed = []
+    if not len(left):
+        return
+    skipped = SkippedFiles(place / "skipped.csv")
+    failed = []
 
-        def skip(row, error):
-            skipped.add(error.path, error.reason)
-            failed.append(row)
-            bar.update()
+    def skip(row, error):
+        skipped.add(error.path, error.reason)
+        failed.append(row)
+        bar.update()
 
-        with tqdm(
-            total=len(clips),
-            initial=len(clips) - len(left),
-            disable=not progress,
-            desc=f"Embedding with {source.name}",
-            unit=" clips",
-        ) as bar:
-            flushed = time.monotonic()
-            batches = read_fixed(clips, left, clip_seconds, on_failure=skip, **reading)
-            for rows, wav in batches:
-                embedded = _checked(_pick(source.embed(wav).numpy(), layer), rows, clips, dtype)
-                if array is None:
-                    array, states = _create(place, embedded, len(clips), dtype)
-                array[:, rows] = embedded
-                states[rows] = EMBEDDED
-                bar.update(len(rows))
-                if time.monotonic() - flushed > FLUSH_SECONDS:
-                    array.flush()
-                    states.flush()
-                    flushed = time.monotonic()
-        if array is None:
-            raise ValueError(
-                f"none of {len(clips)} clips could be read, the first is {clips.files[0]}: see "
-                f"{place / 'skipped.csv'}"
-            )
-        states[failed] = SKIPPED
-        array.flush()
-        states.flush()
-    layers = list(range(len(array))) if layer == "all" else [-1 if layer == "last" else int(layer)]
-    array, states = _open(place, mode="r")
-    return Features(array, np.asarray(states) == EMBEDDED, layers, place)
+    with tqdm(
+        total=len(clips),
+        initial=len(clips) - len(left),
+        disable=not progress,
+        desc=f"Embedding with {source.name}",
+        unit=" clips",
+    ) as bar:
+        flushed = time.monotonic()
+        batches = read_fixed(clips, left, clip_seconds, on_failure=skip, **reading)
+        for rows, wav in batches:
+            embedded = _checked(_pick(source.embed(wav).numpy(), layer), rows, clips, dtype)
+            if array is None:
+                array, states = _create(place, embedded, len(clips), dtype)
+            array[:, rows] = embedded
+            states[rows] = EMBEDDED
+            bar.update(len(rows))
+            if time.monotonic() - flushed > FLUSH_SECONDS:
+                array.flush()
+                states.flush()
+                flushed = time.monotonic()
+    if array is None:
+        raise ValueError(
+            f"none of {len(clips)} clips could be read, the first is {clips.files[0]}: see "
+            f"{place / 'skipped.csv'}"
+        )
+    states[failed] = SKIPPED
+    array.flush()
+    states.flush()
 
 
 def _fingerprint(clips: LabelledClips) -> str:
@@ -169,16 +163,7 @@ def _place(folder, name: str, key: dict) -> Path:
     """The folder that belongs to a key."""
     text = json.dumps(key, indent=2, sort_keys=True)
     readable = re.sub(r"[^\w.-]+", "_", name).strip("_")
-    place = Path(folder) / f"{readable}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-    place.mkdir(parents=True, exist_ok=True)
-    _write_whole(place / "key.json", text)
-    return place
-
-
-def _write_whole(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    return Path(folder) / f"{readable}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def _fit(source: Source, clips: LabelledClips, clip_seconds: float, place: Path, reading) -> None:
@@ -192,7 +177,7 @@ def _fit(source: Source, clips: LabelledClips, clip_seconds: float, place: Path,
     rows = clips.train_rows
     rows = rows[:: -(-len(rows) // MAX_NORMALIZATION_CLIPS)]
     pair = source.fit(wav for _, wav in read_fixed(clips, rows, clip_seconds, **reading))
-    _write_whole(path, json.dumps(pair))
+    write_text(path, json.dumps(pair))
 
 
 def _open(place: Path, mode: str = "r+"):
@@ -204,12 +189,9 @@ def _open(place: Path, mode: str = "r+"):
 
 def _create(place: Path, embedded: np.ndarray, count: int, dtype: str):
     layers, _, dims = embedded.shape
-    array = np.lib.format.open_memmap(
-        place / "features.npy", "w+", np.dtype(dtype), (layers, count, dims)
-    )
-    partial = place / "rows.partial.npy"
-    np.save(partial, np.zeros(count, np.uint8))
-    partial.replace(place / "rows.npy")  # appears after the features, with no row done
+    array = new_array(place / "features.npy", dtype, (layers, count, dims))
+    with whole_file(place / "rows.npy") as partial:  # after the features, with no row done
+        np.save(partial, np.zeros(count, np.uint8))
     return array, np.load(place / "rows.npy", mmap_mode="r+")
 
 

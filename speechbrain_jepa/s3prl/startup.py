@@ -2,6 +2,7 @@
 
 `enable` writes one file into site-packages, which Python runs when it starts. It only puts a finder
 into `sys.meta_path`; this package is imported when s3prl is, and only if it is still installed.
+The launcher cannot take its place inside scripts of s3prl that call `python3 run_downstream.py`.
 """
 
 import sysconfig

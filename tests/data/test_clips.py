@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import soundfile
 
+from speechbrain_jepa.data.audio import UnreadableAudio
 from speechbrain_jepa.data.clips import read_audio
-from speechbrain_jepa.data.crops import UnreadableAudio
 
 
 @pytest.mark.parametrize("rate", [44_100, 11_127])

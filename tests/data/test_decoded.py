@@ -1,12 +1,12 @@
 import os
+import threading
 
 import numpy as np
 import pytest
 import soundfile
 
-from speechbrain_jepa.data import decode_once, read_csv, scan_folder
+from speechbrain_jepa.data import SkippedFiles, decode_once, read_csv, scan_folder
 from speechbrain_jepa.data.crops import read_crop
-from speechbrain_jepa.data.manifest import SkippedFiles
 
 FRAMES = 64
 
@@ -86,3 +86,69 @@ def test_nothing_to_decode_is_an_error(folder):
         file.unlink()
     with pytest.raises(ValueError, match="none of the 3 files"):
         decode_once(manifest, folder, folder.parent / "wav", progress=False)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a" * 249 + ".wav", os.fsdecode(b"latin-\xe9 \r.wav"), "音" * 80 + ".wav", "-~ %'\".wav"],
+)
+def test_any_name_is_decoded_once(name, folder):
+    os.rename(folder / "cd.wav", folder / name)
+    original, copies = decoded(folder)
+    assert len(original) == len(copies) == 3
+    for item in range(3):
+        np.testing.assert_allclose(
+            crop(copies, item), crop(original, item, folder), rtol=1e-5, atol=1e-6
+        )
+        os.path.basename(copies.path(item)).encode("ascii")
+    _, again = decoded(folder)
+    assert [again.path(item) for item in range(3)] == [copies.path(item) for item in range(3)]
+
+
+def test_files_of_the_same_name_are_told_apart(folder):
+    soundfile.write(folder / "deep" / "cd.wav", np.zeros(16_000), 16_000)
+    _, copies = decoded(folder)
+    assert len({copies.path(item) for item in range(4)}) == 4
+
+
+def test_what_a_killed_decoding_left_is_removed_and_decoded_again(folder):
+    _, copies = decoded(folder)
+    place = os.path.dirname(copies.path(0))
+    with open(os.path.join(place, ".partial-0123456789ab.wav"), "wb") as file:
+        file.write(b"half")
+    for item, content in enumerate((b"", b"RIFF", None)):  # as after a power cut
+        stamp = os.stat(copies.path(item))
+        with open(copies.path(item), "r+b") as file:
+            file.truncate(stamp.st_size // 2 if content is None else len(content))
+        os.utime(copies.path(item), ns=(stamp.st_mtime_ns, stamp.st_mtime_ns))
+    original, again = decoded(folder)
+    assert not [name for name in os.listdir(place) if name.startswith(".partial")]
+    for item in range(3):
+        np.testing.assert_allclose(
+            crop(again, item), crop(original, item, folder), rtol=1e-5, atol=1e-6
+        )
+
+
+def test_two_starts_decode_into_one_folder(folder):
+    manifest, _ = scan_folder(folder, folder.parent / "cache", progress=False)
+    results = []
+
+    def start():
+        results.append(decode_once(manifest, folder, folder.parent / "wav", progress=False))
+
+    threads = [threading.Thread(target=start) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [list(result.length) for result in results] == [list(results[0].length)] * 3
+    assert len([name for name in os.listdir(folder.parent / "wav") if name.endswith("wav")]) == 3
+
+
+def test_a_full_disk_while_decoding_is_one_sentence(folder, small_disk):
+    soundfile.write(folder / "long.flac", np.zeros(640_000), 16_000)
+    manifest, _ = scan_folder(folder, folder.parent / "cache", progress=False)
+    with pytest.raises(OSError, match=r"the disk of .*wav is full .*: free some space, or"):
+        decode_once(manifest, folder, small_disk / "wav", progress=False)
+    left = [name for name in os.listdir(small_disk / "wav") if name.startswith(".partial")]
+    assert left == []

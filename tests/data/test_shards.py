@@ -21,7 +21,7 @@ from speechbrain_jepa.data import (
     scan_folder,
     split_held_out,
 )
-from speechbrain_jepa.data import manifest as manifest_module
+from speechbrain_jepa.data import scan as scan_module
 from speechbrain_jepa.data.shards import ShardMember
 
 KINDS = {  # name: Hz, channels
@@ -147,9 +147,9 @@ def test_headers_are_read_of_new_shards_only(shards, tmp_path, monkeypatch):
     (place / "0.tar").symlink_to(shards / "000000.tar")
     scan(place, tmp_path / "cache")
     (place / "1.tar").symlink_to(shards / "000001.tar")
-    read, original = [], manifest_module.read_headers
+    read, original = [], scan_module.read_headers
     monkeypatch.setattr(
-        manifest_module,
+        scan_module,
         "read_headers",
         lambda files, *rest: (read.extend(name for name, *_ in files), original(files, *rest))[1],
     )
@@ -272,3 +272,91 @@ def test_a_member_behaves_like_a_file_of_its_bytes(tmp_path):
             wanted = int(rng.integers(3000))
             assert ours.read(wanted) == plain.read(wanted)
             assert ours.tell() == plain.tell()
+
+
+# Hostile tars
+
+
+def header(name, size, kind=b"0"):
+    """512 bytes as the format has them, whatever they say."""
+    block = bytearray(512)
+    block[: len(name)] = name
+    number = b"%011o\0" % size if size >= 0 else (size % 2**96).to_bytes(12, "big")
+    block[100:108], block[124:136], block[156:157] = b"0000644\0", number, kind
+    if size < 0:
+        block[124] = 0xFF  # base 256, negative
+    block[257:265] = b"ustar\x0000"
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def padded(data):
+    return data + bytes(-len(data) % 512)
+
+
+def pax(records):
+    data = b"".join(b"%d %s\n" % (len(record) + 4, record) for record in records)
+    return header(b"pax", len(data), b"x") + padded(data)
+
+
+HOSTILE = {
+    "negative size": (header(b"b.wav", -512), "a member of -512 bytes"),
+    "negative size of a name": (header(b"b.wav", -(2**40), b"L"), "a member of -"),
+    "negative size in pax": (pax([b"size=-99"]) + header(b"b.wav", 9), "a member of -99 bytes"),
+    "giant name": (header(b"././@LongLink", 2**32, b"L"), "a name or header of 4294967296 bytes"),
+    "giant pax header": (header(b"pax", 2**32, b"x"), "a name or header of 4294967296 bytes"),
+    "long name": (
+        header(b"././@LongLink", 9000, b"L") + padded(b"c" * 9000) + header(b"c", 9),
+        None,  # of no audio
+    ),
+    "long audio name": (
+        header(b"././@LongLink", 9004, b"L") + padded(b"c" * 9000 + b".wav") + header(b"c", 9),
+        "damaged: a name of 9004 characters",
+    ),
+    "sparse map": (pax([b"GNU.sparse.map=a,b,c"]) + header(b"b.wav", 9), "cannot be read as a tar"),
+    "names without end": (
+        (header(b"././@LongLink", 5, b"L") + padded(b"b.wav")) * 5000,
+        "cannot be read as a tar",
+    ),
+    "bad checksum": (header(b"b.wav", 9)[:-1] + b"x", "damaged: no member begins at byte"),
+    "noise": (b"\xff" * 512, "damaged: no member begins at byte"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_tar_is_a_line_and_what_comes_before_is_used(kind, folder, tmp_path):
+    bad, reason = HOSTILE[kind]
+    place = tmp_path / "audio"
+    place.mkdir()
+    audio = (folder / "05.flac").read_bytes()
+    good = header(b"a.flac", len(audio)) + padded(audio)
+    (place / "0.tar").write_bytes(good + bad + padded(b"9 bytes..") + bytes(1024))
+    manifest, skipped = scan(place, tmp_path / "cache")
+    assert paths(manifest) == ["0.tar::a.flac"]
+    assert CropDataset(manifest, place, 64)[0, 0].failures == []
+    reasons = lines(skipped)
+    if reason is None:
+        assert reasons == {}
+    else:
+        assert reason in reasons["0.tar"]
+
+
+def test_the_end_of_a_tar_may_lack_its_zeros(folder, tmp_path):
+    place = tmp_path / "audio"
+    place.mkdir()
+    audio = (folder / "05.flac").read_bytes()
+    (place / "0.tar").write_bytes(header(b"a.flac", len(audio)) + padded(audio))
+    manifest, skipped = scan(place, tmp_path / "cache")
+    assert len(manifest) == 1 and len(skipped) == 0
+
+
+def test_shards_in_capitals_are_shards(folder, shards, tmp_path):
+    place = tmp_path / "audio"
+    place.mkdir()
+    (place / "X.TAR").symlink_to(shards / "000001.tar")
+    manifest, skipped = scan(place, tmp_path / "cache")
+    assert paths(manifest) == ["X.TAR::04.aiff", "X.TAR::05.flac"] and len(skipped) == 0
+    batch = CropDataset(manifest, place, 64).__getitems__([(0, 0), (0, 1)])
+    assert batch.failures == []
+    assert len(decode_once(manifest, place, tmp_path / "wav", progress=False)) == 2

@@ -55,6 +55,8 @@ def test_yaml_of_every_task_says_what_its_module_says(recipe):
         protocol = hparams["protocol"]
         assert (protocol.probe, protocol.learning_rate, protocol.batch_size) == ("paper", 3e-5, 200)
         assert (protocol.epochs, protocol.patience) == (200, 20)
+        # scores that are published do not depend on what the machine multiplies fast
+        assert hparams["precision"] == protocol.precision == "fp32"
         assert hparams["normalization"] == "dataset" and hparams["layer"] == "last"
 
 

@@ -1,6 +1,7 @@
 """Tables beside the paper's rows, and figures."""
 
 import csv
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -55,6 +56,20 @@ def test_table_marks_the_difference_to_the_paper_and_leaves_gaps():
     assert ours.loc["mine", "GTZAN"] == "" and ours.loc["logmel", "music"] == "50.0"
     assert list(theirs.columns) == ["ESC-50", "GTZAN"] and len(theirs) == len(PAPER_ROWS)
     assert theirs.loc["wav2vec 2.0 (Table 2)", "GTZAN"] == "57.8"
+
+
+def test_a_split_of_our_own_is_marked_and_not_compared_with_the_paper(tmp_path):
+    own = replace(result("surge"), own_split=True)
+    ours, _ = table([own, result()])
+    assert ours.loc["mine", "Surge"] == "89.0 ± 1.4 †"
+    assert ours.loc["mine", "ESC-50"] == "89.0 ± 1.4 (-0.3)"
+    text = write_tables([own, result()], tmp_path)
+    assert "† Surge: divided by this recipe" in text
+    assert "† Surge" in (tmp_path / "results.md").read_text()
+    with open(tmp_path / "results.csv", newline="") as file:
+        sources = {row["task"]: row["source"] for row in csv.DictReader(file) if row["seeds"]}
+    assert sources == {"surge": "own split", "esc50": ""}
+    assert "†" not in write_tables([result()], tmp_path)
 
 
 def test_tasks_that_the_paper_has_not_stand_alone(tmp_path):

@@ -1,28 +1,27 @@
 """Encoders by name, labelled clips, and embeddings that are computed once."""
 
 import json
+import logging
 import os
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 
 from speechbrain_jepa.checkpoints import save_pretrained
 from speechbrain_jepa.encoder import AudioJEPA
 from speechbrain_jepa.evaluation import store
-from speechbrain_jepa.evaluation.labelled import (
-    LabelledClips,
-    fixed_length,
-    read_fixed,
-    read_manifest,
-)
+from speechbrain_jepa.evaluation.fixed_clips import read_fixed
+from speechbrain_jepa.evaluation.labelled import LabelledClips
 from speechbrain_jepa.evaluation.sources import load_source
 from speechbrain_jepa.evaluation.store import embed_once
 from speechbrain_jepa.features import Normalization
 from speechbrain_jepa.vit import Encoder, PatchGrid
-
-SPLITS = ["train"] * 5 + ["valid"] + ["test"] * 2
 
 
 def tiny(seed=0):
@@ -37,109 +36,15 @@ def pretrained(tmp_path_factory):
     )
 
 
-@pytest.fixture
-def clips(tmp_path):
-    """Eight clips of noise, 0.5 to 4 s; they are 1 s for the encoder."""
-    rng = np.random.default_rng(0)
-    names = []
-    for number in range(8):
-        names.append(f"{number}.wav")
-        wav = rng.normal(0, 0.02 * (number + 1), 8_000 * (number + 1))
-        soundfile.write(tmp_path / names[-1], wav, 16_000)
-    return LabelledClips(
-        names, [str(tmp_path / name) for name in names], list("abababab"), SPLITS, [None] * 8
-    )
-
-
 def embed(source, clips, folder, **options):
     return embed_once(source, clips, 1.0, folder, num_workers=1, progress=False, **options)
 
 
-def count_calls(monkeypatch, source):
+def count_calls(source):
     embedded = []
     original = source.layer_means
     source.layer_means = lambda wav: embedded.append(len(wav)) or original(wav)
     return embedded
-
-
-# -- clips -------------------------------------------------------------------------------------
-
-
-def test_training_clips_are_cropped_anywhere_test_clips_at_the_start(clips):
-    wavs = {
-        row: wav
-        for rows, batch in read_fixed(clips, range(8), 1.0)
-        for row, wav in zip(rows, batch)
-    }
-    whole = [torch.from_numpy(soundfile.read(file, dtype="float32")[0]) for file in clips.files]
-    assert all(len(wav) == 16_000 for wav in wavs.values())
-    assert torch.equal(wavs[7], whole[7][:16_000])
-    assert torch.equal(wavs[0], torch.cat([whole[0], torch.zeros(8_000)]))
-    assert not torch.equal(wavs[4], whole[4][:16_000])
-    starts = {int((whole[4].unfold(0, 100, 1) == wavs[4][:100]).all(1).nonzero()) for _ in range(2)}
-    assert len(starts) == 1 and 0 < starts.pop() <= 24_000
-    other = {r: w for rows, b in read_fixed(clips, [4], 1.0, crop_seed=1) for r, w in zip(rows, b)}
-    assert not torch.equal(other[4], wavs[4])
-
-
-def test_every_crop_that_fits_can_be_drawn():
-    wav = torch.arange(5.0)
-    assert {int(fixed_length(wav, 3, draw)[0]) for draw in (0, 0.4, 0.999)} == {0, 1, 2}
-
-
-def test_clips_of_a_cross_validation_are_cropped_at_the_start(clips):
-    folds = LabelledClips(clips.ids, clips.files, clips.labels, [""] * 8, [0, 1] * 4)
-    ((_, wavs),) = read_fixed(folds, [4], 1.0)
-    assert torch.equal(
-        wavs[0], torch.from_numpy(soundfile.read(clips.files[4], dtype="float32")[0])[:16_000]
-    )
-
-
-def test_divisions_do_not_share_a_clip_and_seeds_draw_other_validation_clips():
-    names = [str(number) for number in range(100)]
-    clips = LabelledClips(names, names, ["a", "b"] * 50, [""] * 100, [i % 5 for i in range(100)])
-    divisions = {seed: clips.divide(seed) for seed in (0, 1)}
-    for rows in divisions[0]:
-        parts = [rows.train, rows.valid, rows.test]
-        assert [len(part) for part in parts] == [72, 8, 20]
-        assert sorted(np.concatenate(parts)) == list(range(100))
-        assert {clips.folds[row] for row in rows.test} == {rows.fold}
-    assert not np.array_equal(divisions[0][0].valid, divisions[1][0].valid)
-    assert np.array_equal(divisions[0][0].test, divisions[1][0].test)
-
-
-def test_a_named_validation_split_is_the_one_that_validates(clips):
-    (rows,) = clips.divide(0, np.array([True] * 7 + [False]))
-    assert (rows.train.tolist(), rows.valid.tolist(), rows.test.tolist()) == (
-        [0, 1, 2, 3, 4],
-        [5],
-        [6],
-    )
-    with pytest.raises(ValueError, match="no valid clip could be used"):
-        clips.divide(0, np.arange(8) != 5)
-
-
-def test_numeric_classes_are_sorted_by_value():
-    clips = LabelledClips(["a"] * 3, ["a"] * 3, ["100", "21", "9"], ["train"] * 3, [None] * 3)
-    assert clips.classes == ["9", "21", "100"] and clips.targets.tolist() == [2, 1, 0]
-
-
-@pytest.mark.parametrize(
-    "rows, message",
-    [
-        ("a,a.wav,1,x,dev,\n", "split 'dev' is none of train, valid, test"),
-        ("a,a.wav,1,x,train,\n", "no row of split test"),
-        ("a,a.wav,1,x,,0\nb,b.wav,1,x,test,\n", "1 of 2 rows have a fold"),
-        ("a,a.wav,1,x,,0\nb,b.wav,1,x,,0\n", "all rows are of fold 0"),
-        ("a,a.wav,1,x,train,\na,b.wav,1,x,test,\n", "'a' occurs twice"),
-        ("", "no rows"),
-    ],
-)
-def test_a_manifest_that_is_none_is_named(rows, message, tmp_path):
-    path = tmp_path / "manifest.csv"
-    path.write_text("ID,wav,duration,label,split,fold\n" + rows)
-    with pytest.raises(ValueError, match=message):
-        read_manifest(path, tmp_path)
 
 
 # -- encoders ----------------------------------------------------------------------------------
@@ -172,7 +77,8 @@ def test_an_untrained_encoder_has_the_shape_of_its_folder_and_weights_of_its_see
 
 
 @pytest.mark.parametrize("name", ["no_such_encoder", "s3prl:no_such_upstream", "hf:no/such"])
-def test_an_encoder_that_is_not_there_is_named_with_what_to_do(name):
+def test_an_encoder_that_is_not_there_is_named_with_what_to_do(name, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
         (ImportError, ValueError, FileNotFoundError), match=r"pip install|there is no|no such"
     ):
@@ -205,10 +111,10 @@ def test_a_layer_by_number_is_that_of_all_layers(clips, pretrained, tmp_path):
         embed(source, clips, tmp_path, layer=3)
 
 
-def test_what_is_there_is_read_not_computed(clips, tmp_path, monkeypatch):
+def test_what_is_there_is_read_not_computed(clips, tmp_path):
     first = embed(load_source("logmel"), clips, tmp_path)
     source = load_source("logmel")
-    calls = count_calls(monkeypatch, source)
+    calls = count_calls(source)
     again = embed(source, clips, tmp_path)
     assert calls == [] and first.folder == again.folder
     np.testing.assert_array_equal(first.array, again.array)
@@ -232,7 +138,7 @@ def test_other_labels_read_the_same_embeddings(clips, tmp_path):
     assert embed(source, clips, tmp_path).folder == embed(source, other, tmp_path).folder
 
 
-def test_an_interrupted_extraction_goes_on(clips, pretrained, tmp_path, monkeypatch):
+def test_an_interrupted_extraction_goes_on(clips, pretrained, tmp_path):
     expected = embed(load_source(pretrained), clips, tmp_path / "whole")
     source = load_source(pretrained)
     original = source.layer_means
@@ -247,7 +153,7 @@ def test_an_interrupted_extraction_goes_on(clips, pretrained, tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         embed(source, clips, tmp_path / "store", batch_seconds=1.0)
     source = load_source(pretrained)
-    calls = count_calls(monkeypatch, source)
+    calls = count_calls(source)
     features = embed(source, clips, tmp_path / "store", batch_seconds=1.0)
     assert sum(calls) == 8 - 3
     np.testing.assert_allclose(features.array, expected.array, rtol=2e-3, atol=2e-3)
@@ -281,3 +187,56 @@ def test_at_most_so_many_clips_measure_the_normalisation(clips, pretrained, tmp_
     source.fit = lambda batches: fit(seen.append(len(wav)) or wav for wav in batches)
     embed(source, clips, tmp_path)
     assert sum(seen) == 2
+
+
+def test_a_second_evaluation_waits_for_the_embeddings_of_the_first(clips, tmp_path, caplog):
+    folder = tmp_path / "store"
+    begun, go_on = threading.Event(), threading.Event()
+    first, second = load_source("logmel"), load_source("logmel")
+    embed_batch = first.layer_means
+
+    def slow(wav):
+        begun.set()
+        assert go_on.wait(30)
+        return embed_batch(wav)
+
+    first.layer_means = slow
+    calls = count_calls(second)
+    with caplog.at_level(logging.WARNING), ThreadPoolExecutor(2) as pool:
+        one = pool.submit(embed, first, clips, folder, batch_seconds=1.0)
+        assert begun.wait(30)
+        two = pool.submit(embed, second, clips, folder, batch_seconds=1.0)
+        while "waiting for it" not in caplog.text and not two.done():
+            time.sleep(0.01)
+        go_on.set()
+        one, two = one.result(), two.result()
+    assert "waiting for it" in caplog.text and str(os.getpid()) in caplog.text
+    assert calls == []
+    assert one.usable.all() and two.usable.all()
+    np.testing.assert_array_equal(one.array, two.array)
+    assert {path.name for path in two.folder.iterdir()} >= {"key.json", "features.npy", "rows.npy"}
+
+
+FILL = """
+import sys
+import torch
+from speechbrain_jepa.evaluation.labelled import LabelledClips
+from speechbrain_jepa.evaluation.sources import load_source
+from speechbrain_jepa.evaluation.store import embed_once
+
+source = load_source("logmel")
+source.layer_means = lambda wav: torch.ones(1, len(wav), 200_000)  # 3.2 MB of float16 in all
+names = [str(number) for number in range(8)]
+splits = ["train"] * 5 + ["valid"] + ["test"] * 2
+clips = LabelledClips(names, sys.argv[2:], list("abababab"), splits, [None] * 8)
+embed_once(source, clips, 1.0, sys.argv[1], progress=False)
+"""
+
+
+def test_a_full_disk_is_one_sentence_and_not_a_bus_error(clips, small_disk):
+    command = [sys.executable, "-c", FILL, str(small_disk / "features"), *clips.files]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 1, run.stderr
+    last = run.stderr.strip().splitlines()[-1]
+    assert f"the disk of {small_disk}/features/logmel" in last and "is full" in last
+    assert "3.1 MiB needed" in last

@@ -3,7 +3,9 @@
 import csv
 import importlib
 import os
+import threading
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import PurePosixPath
 
@@ -13,7 +15,7 @@ import trees
 from prepare import TASKS, common
 from torchaudio.datasets import gtzan as gtzan_lists
 
-from speechbrain_jepa.evaluation.labelled import read_manifest
+from speechbrain_jepa.evaluation.labelled import read_labelled
 
 # what must not be on both sides of a split, as the file's path tells it
 GROUPS = {
@@ -95,7 +97,7 @@ def test_manifest_holds_every_clip_with_its_label_and_split(tree, prepare, caplo
         assert float(row["duration"]) == pytest.approx(seconds, abs=1e-5)
     assert skipped(manifest) == {}
     assert warnings(caplog) == []
-    clips = read_manifest(manifest, tree.folder, tree.multilabel)
+    clips = read_labelled(manifest, tree.folder, tree.multilabel)["label"]
     assert len(clips) == len(tree.rows)
     assert all(rows.train.size and rows.test.size for rows in clips.divide(seed=0))
 
@@ -130,6 +132,21 @@ def test_a_missing_file_stops_unless_it_may(name, tree, prepare, caplog):
     assert skipped(manifest) == ({train[0]: "missing"} if named else {})
     with pytest.raises(FileNotFoundError):  # whatever was written in the meantime
         prepare()
+
+
+def test_two_at_once_read_the_headers_once_and_write_one_manifest(tmp_path, headers_read):
+    tree = trees.gtzan(tmp_path / "data")
+    module = importlib.import_module("prepare.gtzan")
+    barrier = threading.Barrier(4)
+
+    def prepare(_):
+        barrier.wait()
+        return rows_of(module.prepare(tree.folder, tmp_path / "save", allow_missing=True))
+
+    with ThreadPoolExecutor(4) as pool:
+        tables = list(pool.map(prepare, range(4)))
+    assert all(len(rows) == len(tree.rows) and rows == tables[0] for rows in tables)
+    assert len(headers_read) == len(tree.rows)
 
 
 def test_corrupt_files_are_left_out_and_reported(name, tree, prepare, caplog):
@@ -475,6 +492,14 @@ def test_surge_without_a_csv_keeps_presets_together(tmp_path):
     }
 
 
+def test_only_surge_without_its_csv_has_a_split_of_its_own():
+    from prepare import gtzan, surge
+
+    assert surge.TASK.has_own_split({"split_csv": None}) and surge.TASK.has_own_split({})
+    assert not surge.TASK.has_own_split({"split_csv": "splits.csv"})
+    assert not gtzan.TASK.has_own_split({})
+
+
 def test_surge_takes_a_published_split(tmp_path):
     from prepare import surge
 
@@ -505,7 +530,7 @@ def test_custom_takes_folds_and_several_labels(options, tmp_path):
 
     tree = trees.custom(tmp_path / "data", **options)
     manifest = custom.prepare(tree.folder, tmp_path / "save", **tree.options)
-    clips = read_manifest(manifest, tree.folder, tree.multilabel)
+    clips = read_labelled(manifest, tree.folder, tree.multilabel)["label"]
     assert clips.has_folds == ("folds" in options)
     assert clips.classes == (["bright", "high", "low"] if tree.multilabel else ["high", "low"])
 

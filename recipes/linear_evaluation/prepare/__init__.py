@@ -5,7 +5,7 @@
     manifest = esc50.prepare("/data/ESC-50-master", "results/esc50")
 
 A manifest is a CSV with the columns ID, wav, duration, label, split, fold, as
-`speechbrain_jepa.evaluation.labelled.read_manifest` takes it. `common` is what they share.
+`speechbrain_jepa.evaluation.labelled.read_labelled` takes it. `common` is what they share.
 """
 
 TASKS = (

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -13,14 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from speechbrain_jepa.data.manifest import read_headers
+from speechbrain_jepa.data.scan import read_headers
 from speechbrain_jepa.evaluation.labelled import COLUMNS
+from speechbrain_jepa.files import folder_lock, whole_file, write_text
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 NUM_THREADS = 16  # that ask for sizes and read headers: on a network drive they mostly wait
 SHOWN = 5  # folders and files in a message
+FIX = "end it, or name another --output_folder"
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -42,6 +45,9 @@ class Task:
         Of the cross-validation. None: the data set has splits.
     multilabel : bool
         Default False.
+    split_option : str or None
+        The option of `prepare` that names the published split, where the data set comes without it.
+        Where it is not given, the split is one of ours, and scores are not comparable.
     """
 
     name: str
@@ -51,6 +57,11 @@ class Task:
     counts: dict[str, int] = field(default_factory=dict)
     folds: int | None = None
     multilabel: bool = False
+    split_option: str | None = None
+
+    def has_own_split(self, options: dict) -> bool:
+        """Whether `prepare` with these options divides the clips in a way of its own."""
+        return self.split_option is not None and not options.get(self.split_option)
 
 
 class Clip(NamedTuple):
@@ -166,23 +177,22 @@ def write_manifest(
         "format_version": FORMAT_VERSION,
         "contents": hashlib.sha256(repr(contents).encode("utf-8", "surrogateescape")).hexdigest(),
     }
-    before = json.loads(stamp_file.read_text()) if stamp_file.exists() else {}
-    report = before.pop("report", None)
-    if before != stamp or not (manifest.exists() and skipped_csv.exists()):
-        stamp_file.unlink(missing_ok=True)  # a run killed while it writes is done again
-        rows, unusable = _with_durations(clips, found, data_folder)
-        skipped = [*((wav, "missing") for wav in missing), *unusable, *excluded]
-        _write_csv(skipped_csv, ("file", "reason"), skipped)
-        if not rows:
-            raise ValueError(
-                f"{task.name}: none of the {len(clips)} files can be used, the first since: "
-                f"{unusable[0][1]}; all reasons are in {skipped_csv}"
-            )
-        _write_csv(manifest, COLUMNS, rows)
-        report = _report(task, rows, skipped)
-        partial = stamp_file.with_suffix(".partial")
-        partial.write_text(json.dumps({**stamp, "report": report}))
-        partial.replace(stamp_file)
+    with folder_lock(save_folder, FIX, wait=math.inf):
+        before = json.loads(stamp_file.read_text()) if stamp_file.exists() else {}
+        report = before.pop("report", None)
+        if before != stamp or not (manifest.exists() and skipped_csv.exists()):
+            stamp_file.unlink(missing_ok=True)  # a run killed while it writes is done again
+            rows, unusable = _with_durations(clips, found, data_folder)
+            skipped = [*((wav, "missing") for wav in missing), *unusable, *excluded]
+            _write_csv(skipped_csv, ("file", "reason"), skipped)
+            if not rows:
+                raise ValueError(
+                    f"{task.name}: none of the {len(clips)} files can be used, the first since: "
+                    f"{unusable[0][1]}; all reasons are in {skipped_csv}"
+                )
+            _write_csv(manifest, COLUMNS, rows)
+            report = _report(task, rows, skipped)
+            write_text(stamp_file, json.dumps({**stamp, "report": report}))
     logger.info("%s: %s (%s, %s)", task.name, report["summary"], manifest, skipped_csv)
     for line in report["differences"]:
         logger.warning("%s: %s", task.name, line)
@@ -297,10 +307,10 @@ def _report(task: Task, rows: list[tuple], skipped: list[tuple[str, str]]) -> di
 
 
 def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
-    """Write the whole file or nothing."""
-    partial = path.with_suffix(".partial")
-    with open(partial, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with (
+        whole_file(path) as partial,
+        open(partial, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)
-    partial.replace(path)

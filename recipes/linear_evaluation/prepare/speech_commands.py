@@ -3,7 +3,7 @@
 from os.path import join
 from pathlib import Path
 
-from speechbrain_jepa.data.manifest import list_audio
+from speechbrain_jepa.data.listing import list_audio
 
 from .common import Clip, Task, locate, write_manifest
 

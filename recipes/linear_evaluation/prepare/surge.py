@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from speechbrain_jepa.data.manifest import list_audio
+from speechbrain_jepa.data.listing import list_audio
 
 from .common import Clip, Task, read_table, write_manifest
 
@@ -16,6 +16,7 @@ TASK = Task(
     clip_seconds=4.0,
     classes=PITCHES,
     counts={split: PITCHES * presets for split, presets in PRESETS.items()},
+    split_option="split_csv",
 )
 
 
@@ -30,7 +31,9 @@ def prepare(data_folder, save_folder, allow_missing: bool = False, split_csv=Non
     allow_missing : bool
         Go on without missing files. Default False.
     split_csv : str, path or None
-        With the columns preset (or tone) and split. None: `split_presets` divides them.
+        With the columns preset (or tone) and split: EVAR's is dataset_surge_tone_splits.csv in its
+        folder evar/predefined. None: `split_presets` divides them; scores then do not compare with
+        the paper's.
 
     Returns
     -------

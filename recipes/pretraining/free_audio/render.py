@@ -14,7 +14,7 @@ import soundfile
 import torch
 from sources import DRUM_PRESETS, HELD_OUT_PROGRAMS, HELD_OUT_VOICES
 
-from speechbrain_jepa.data.crops import resampler
+from speechbrain_jepa.data.resampling import resampler
 from speechbrain_jepa.features import SAMPLE_RATE
 
 PIECE_SECONDS = 10.0

@@ -1,0 +1,155 @@
+"""The part of a corpus that is held out for validation, and the crops it is looked at in."""
+
+import hashlib
+import os
+from dataclasses import replace
+
+import numpy as np
+
+from speechbrain_jepa.data import shards
+from speechbrain_jepa.data.audio import UnreadableAudio, check_decodes
+from speechbrain_jepa.data.manifest import Manifest
+from speechbrain_jepa.features import HOP_LENGTH, SAMPLE_RATE
+
+MIN_CROPS = 16  # of the validation set: of fewer, rank and deviation say little
+LARGEST_SHARE = 0.2  # of the files, held out to reach it
+
+
+def split_held_out(
+    manifest: Manifest,
+    valid_share: float = 0.02,
+    max_valid: int = 1024,
+    min_valid: int = 1,
+    data_folder: str | os.PathLike | None = None,
+    crop_frames: int | None = None,
+    min_crops: int = MIN_CROPS,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Set some files aside for validation, by a hash of their path.
+
+    All segments of a file are on one side, and it stays there when others come or go. Only a corpus
+    so small that `valid_share` of it holds fewer than `min_crops` crops gives more files, until
+    those have as many, but no more than a fifth of its files.
+
+    Arguments
+    ---------
+    manifest : Manifest
+    valid_share : float
+        Of the files. Default 0.02.
+    max_valid : int
+        Validation segments at most; files beyond are trained on. Default 1024.
+    min_valid : int
+        Validation files at least, as far as one is left for training. Default 1.
+    data_folder : str, path, or None
+        If given, files are decoded to the end before they are set aside, so that validation
+        never rests on broken ones: those are left to training, which replaces and reports them.
+    crop_frames : int or None
+        Of 10 ms. None (default): crops are not counted.
+    min_crops : int
+        Crops that do not overlap (`cut_segments`), at least. Default 16.
+
+    Returns
+    -------
+    train, valid : array, int64
+        Segment numbers, ascending, for `Manifest.subset`.
+
+    Raises
+    ------
+    ValueError
+        If there is only one file, or a number is out of its range.
+
+    Example
+    -------
+    >>> rows = [(f"{name}.wav", 0, 8_000, 8_000, 8_000, 1, 1) for name in "abcdef"]
+    >>> train, valid = split_held_out(Manifest.from_rows(rows), min_valid=2)
+    >>> len(train), len(valid)
+    (4, 2)
+    """
+    if not 0 < valid_share < 1:
+        raise ValueError(f"valid_share={valid_share}: must lie between 0 and 1")
+    for name, value in {"max_valid": max_valid, "min_valid": min_valid}.items():
+        if value < 1:
+            raise ValueError(f"{name}={value}: must be at least 1")
+    # 64-bit hashes: two of two million files share one with a chance of 1e-7, and then a side
+    hashes = [
+        int.from_bytes(hashlib.blake2b(path, digest_size=8).digest(), "big")
+        for path in manifest.raw_paths()
+    ]
+    hashes = np.array(hashes, np.uint64)
+    files, first, owner, segments = np.unique(
+        hashes, return_index=True, return_inverse=True, return_counts=True
+    )
+    if len(files) < 2:
+        raise ValueError(
+            "a single audio file cannot be split into training and validation: give more files, "
+            "or cut it in two"
+        )
+    # as many whole files as fit; the first one in any case
+    fit = np.searchsorted(np.cumsum(segments), max_valid, side="right")
+    wanted = min(np.searchsorted(files, np.uint64(valid_share * 2**64)), fit)
+    most, crops = wanted, None
+    if crop_frames is not None:
+        most = max(wanted, min(fit, int(LARGEST_SHARE * len(files))))
+        crops = np.bincount(owner.ravel(), _crops_that_fit(manifest, crop_frames))
+    held_out, num_crops = [], 0
+    for number, (file, item) in enumerate(zip(files, first)):
+        enough = number >= wanted and len(held_out) >= min_valid
+        enough = enough and (number >= most or num_crops >= min_crops)
+        if enough or len(held_out) == len(files) - 1:
+            break
+        if data_folder is None or _decodes(shards.join(data_folder, manifest.path(item))):
+            held_out.append(file)
+            num_crops += 0 if crops is None else crops[number]
+    if not held_out:
+        raise ValueError(f"none of the {len(files)} files below {data_folder} can be decoded")
+    is_valid = np.isin(hashes, held_out)
+    return np.flatnonzero(~is_valid), np.flatnonzero(is_valid)
+
+
+def cut_segments(manifest: Manifest, crop_frames: int, min_crops: int = MIN_CROPS) -> Manifest:
+    """Cut the long segments of a small validation set into pieces, each of which gives a crop.
+
+    Arguments
+    ---------
+    manifest : Manifest
+    crop_frames : int
+        Of 10 ms: the shortest piece.
+    min_crops : int
+        Pieces wanted. A segment is cut into as few equal ones as give so many in all, and no two
+        crops overlap. Default 16.
+
+    Returns
+    -------
+    Manifest
+        With a row for each piece; the same one if it has `min_crops` rows.
+
+    Example
+    -------
+    >>> rows = [("long.wav", 0, 60_000, 10_000, 60_000, 1, 1), ("b.wav", 0, 100, 10_000, 100, 1, 1)]
+    >>> pieces = cut_segments(Manifest.from_rows(rows), crop_frames=150, min_crops=5)
+    >>> pieces.start, pieces.length
+    (array([    0, 15000, 30000, 45000,     0]), array([15000, 15000, 15000, 15000,   100]))
+    """
+    if len(manifest) >= min_crops:
+        return manifest
+    fit = _crops_that_fit(manifest, crop_frames)
+    pieces = np.ones_like(fit)
+    while pieces.sum() < min_crops and (pieces < fit).any():
+        pieces = np.minimum(pieces + 1, fit)
+    part = manifest.subset(np.repeat(np.arange(len(manifest)), pieces))
+    number = np.concatenate([np.arange(count) for count in pieces])
+    length = part.length // np.repeat(pieces, pieces)
+    return replace(part, start=part.start + number * length, length=length)
+
+
+def _crops_that_fit(manifest: Manifest, crop_frames: int) -> np.ndarray:
+    """Into each segment without overlap, at least one."""
+    frames = manifest.seconds * (SAMPLE_RATE / HOP_LENGTH)
+    return np.maximum(frames // crop_frames, 1).astype(np.int64)
+
+
+def _decodes(path: str) -> bool:
+    try:
+        check_decodes(path)
+        return True
+    except UnreadableAudio:
+        return False

@@ -1,0 +1,128 @@
+"""Two processes that train together, against one on the joined batches written out by hand."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from one_rank import ACCUMULATED, EPOCHS, LIMIT, RUNS
+from written_out import (
+    BASE_RATE,
+    CLIPS,
+    RATE_SHARES,
+    assert_same_weights,
+    in_steps,
+    joined,
+    written_out,
+)
+
+from speechbrain_jepa.data import scan_folder
+
+BATCHES = 4  # an epoch, of each process: 24 files, 3 clips
+
+
+@pytest.fixture(scope="module")
+def together(audio_folder, tmp_path_factory):
+    """Folder of both runs, and for each its first weights and the diaries of both ranks."""
+    folder = tmp_path_factory.mktemp("together")
+    manifest, _ = scan_folder(audio_folder, folder / "scan", progress=False)
+    for part in ("train", "valid"):
+        manifest.save(folder / part)
+    worker = str(Path(__file__).with_name("one_rank.py"))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, worker, str(folder), str(audio_folder)],
+            env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        for process in processes:
+            said, _ = process.communicate(timeout=240)
+            assert process.returncode == 0, said
+    finally:
+        for process in processes:
+            process.kill()
+    runs = {}
+    for name in RUNS:
+        files = [folder / name / f"rank{rank}.pt" for rank in (0, 1)]
+        starts, diaries = zip(*(torch.load(file, weights_only=False) for file in files))
+        runs[name] = starts[0], diaries
+    return folder, runs
+
+
+def steps_of(diaries):
+    return in_steps(joined(diaries), ACCUMULATED, BATCHES)
+
+
+def test_two_ranks_take_the_steps_of_one_process_on_the_joined_batch(together):
+    """With what each rank really read and drew."""
+    _, runs = together
+    start, diaries = runs["plain"]
+    weights, norms = written_out(start, steps_of(diaries), LIMIT)
+    assert min(norms) < 0.9 * LIMIT and max(norms) > 1.1 * LIMIT
+    assert_same_weights(diaries[0].weights, weights)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_ranks_hold_the_same_weights_to_the_bit(together, name):
+    _, runs = together
+    _, (first, second) = runs[name]
+    assert len(first.weights) == len(second.weights) == 4
+    for ours, theirs in zip(first.weights, second.weights):
+        assert all(torch.equal(ours[weight], theirs[weight]) for weight in ours)
+
+
+def test_the_learning_rate_counts_the_clips_of_all_ranks(together):
+    _, runs = together
+    _, diaries = runs["plain"]
+    peak = BASE_RATE * 2 * ACCUMULATED * CLIPS / 256
+    for diary in diaries:
+        assert diary.rates == pytest.approx([peak * share for share in RATE_SHARES])
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_makes_all_skip_the_step(together):
+    """Weights, target and moments stay; every rank counts; the steps around it are as ever."""
+    folder, runs = together
+    start, diaries = runs["broken"]
+    weights, _ = written_out(start, steps_of(diaries), LIMIT, skipped={0, 3})
+    assert_same_weights(diaries[0].weights, weights)
+    assert [diary.skipped for diary in diaries] == [[1, 1, 1, 2]] * 2
+    with open(folder / "broken" / "metrics.csv", newline="") as file:
+        counts = [row["train_nonfinite_steps"] for row in csv.DictReader(file)]
+    assert [count for count in counts if count] == list("1112")
+
+
+def test_gradients_are_averaged_once_a_step(together):
+    _, runs = together
+    for diary in runs["plain"][1]:
+        assert diary.synchronised == [False, True] * (EPOCHS * BATCHES // ACCUMULATED)
+
+
+def test_ranks_draw_masks_of_their_own(together):
+    _, runs = together
+    first, second = ([masks.target_index for masks in diary.masks] for diary in runs["plain"][1])
+    assert len(first) == len(second) == EPOCHS * BATCHES
+    assert not any(torch.equal(ours, theirs) for ours in first for theirs in second)
+
+
+def test_ranks_validate_with_the_same_masks(together):
+    _, runs = together
+    first, second = (diary.valid_masks for diary in runs["plain"][1])
+    assert len(first) == len(second) > 0
+    for ours, theirs in zip(first, second):
+        assert torch.equal(ours.target_index, theirs.target_index)
+
+
+def test_crops_of_the_ranks_are_disjoint_and_cover_the_epoch(together):
+    """Through the recipe's own loaders."""
+    _, runs = together
+    ranks = [torch.cat(diary.items).view(EPOCHS, -1) for diary in runs["plain"][1]]
+    for first, second in zip(*ranks):
+        assert sorted([*first.tolist(), *second.tolist()]) == list(range(24))
