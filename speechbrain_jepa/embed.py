@@ -394,8 +394,12 @@ def main(arguments=None) -> None:
         description="Embed audio files; started again after an interruption, it goes on.",
     )
     add = parser.add_argument
-    add("encoder", help="pretrained folder, experiment folder or Hugging Face repo id")
-    add("audio", nargs="+", help="audio files, and folders to search")
+    add(
+        "encoder",
+        help="pretrained folder, experiment folder, Hugging Face repo id, or name of an encoder "
+        "that comes with the package; may be left out where audio is a single file or folder",
+    )
+    add("audio", nargs="*", help="audio files, and folders to search")
     add("--out", required=True, help="output file: .npz, .npy or .csv")
     add("--level", choices=LEVELS, default="clip", help="one embedding a file or a time step")
     add("--flat", action="store_true", help="average frequency patches, not concatenate")
@@ -405,6 +409,8 @@ def main(arguments=None) -> None:
     add("--batch_seconds", type=float, default=BATCH_SECONDS, help="of audio at once")
     add("--num_workers", type=int, default=2, help="decoding threads")
     options = parser.parse_args(arguments)
+    if not options.audio:
+        options.encoder, options.audio = None, [options.encoder]
     try:
         files = find_audio(options.audio)
         model = AudioJEPA(

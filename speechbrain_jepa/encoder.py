@@ -62,9 +62,10 @@ class AudioJEPA(nn.Module):
 
     Arguments
     ---------
-    source : str, Path, or (Encoder, Normalization)
-        A pretrained folder, an experiment folder with checkpoints, a Hugging Face repo id, or the
-        two in memory, which are copied.
+    source : str, Path, None, or (Encoder, Normalization)
+        A pretrained folder, an experiment folder with checkpoints, a Hugging Face repo id, the
+        name of an encoder that comes with the package, or the two in memory, which are copied.
+        Default None: the package's "tiny".
     save_path : str or Path or None
         Where a Hugging Face repo is cached. Default: huggingface_hub's own cache.
     output_norm : bool
@@ -120,7 +121,7 @@ class AudioJEPA(nn.Module):
 
     def __init__(
         self,
-        source,
+        source=None,
         save_path=None,
         output_norm=False,
         freeze=True,

@@ -69,7 +69,7 @@ class VarianceCovariance(Regularizer):
               + covariance_weight * sum over d != e of C_de^2 / D)
 
     with C the covariance of the tokens, unbiased. C-JEPA (arXiv 2410.19560) has the same terms on
-    the mean of a clip's patches; on the patches themselves they teach more here (docs/collapse.md).
+    the mean of a clip's patches; here every patch is a row.
 
     Arguments
     ---------

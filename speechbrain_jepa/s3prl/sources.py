@@ -82,15 +82,16 @@ def open_source(source) -> Iterator:
     Arguments
     ---------
     source : str or Path
-        An archive, or a pretrained folder's model.safetensors; anything else is given as it is.
+        An archive, or a pretrained folder's model.safetensors; anything else (and None) is given
+        as it is.
 
     Raises
     ------
     ValueError
         If the file is neither, or the archive is not of one pretrained folder.
     """
-    file = Path(source).expanduser()
-    if not file.is_file():
+    file = None if source is None else Path(source).expanduser()
+    if file is None or not file.is_file():
         yield source
     elif file.name == WEIGHTS:
         yield file.parent
