@@ -6,19 +6,17 @@ docs/convert.md says what is mapped and what is not.
 """
 
 import argparse
-import pickle
 import re
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from speechbrain_jepa.checkpoints import save_pretrained
 from speechbrain_jepa.features import N_MELS, SAMPLE_RATE, Normalization
 from speechbrain_jepa.files import FolderInUse
+from speechbrain_jepa.pickled import read_checkpoint, state_dict
 from speechbrain_jepa.untrusted import (
     Weights,
     build_encoder,
@@ -27,13 +25,11 @@ from speechbrain_jepa.untrusted import (
     checked_normalization,
     encoder_shapes,
     is_plain,
-    reason,
     short,
 )
 from speechbrain_jepa.vit import Encoder, PatchGrid
 
 HEAD_DIM = 64  # of every timm ViT from tiny to large
-WRAPPERS = ("model", "state_dict")  # where a training checkpoint keeps the parameters
 PATCH_EMBED = "patch_embed.proj.weight"
 QKV = "blocks.0.attn.qkv.weight"
 # M2D's names of weights: input size, patch size and, where it is not 16k, the sample rate
@@ -207,7 +203,7 @@ def convert(
     kind, path = FAMILIES[family], Path(checkpoint)
     contents = read_checkpoint(path, unsafe)
     try:
-        state = _state_dict(contents)
+        state = state_dict(contents)
         prefix = _find_prefix(state, kind) if prefix is None else prefix
         grid = _grid(state, prefix, kind, path, input_size, patch_size)
         settings = _settings(state, prefix, kind, grid, num_heads, norm_eps)
@@ -231,62 +227,7 @@ def convert(
     return Conversion(folder, prefix, encoder, normalization, dict(unused))
 
 
-# Reading
-
-
-def read_checkpoint(path, unsafe: bool = False) -> dict:
-    """The content of a checkpoint, on the CPU, without running code from it unless `unsafe`.
-
-    Besides tensors and plain values, `argparse.Namespace` is read, as training scripts of this
-    family keep their options in one, and omegaconf's lists and dicts, which Hydra leaves in an
-    optimiser's state; for these stands a class that keeps what it is given and does nothing.
-
-    Arguments
-    ---------
-    path : str or Path
-    unsafe : bool
-        Unpickle whatever it holds.
-
-    Returns
-    -------
-    dict
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-    ValueError
-        If it is no checkpoint, is damaged, or needs `unsafe`.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; give the checkpoint itself")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace, *HYDRA]):
-            contents = torch.load(path, map_location="cpu", weights_only=not unsafe)
-    except Exception as error:  # torch.load has no common base for what a damaged file raises
-        needs = re.search(r"GLOBAL (\S+)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and needs:
-            raise ValueError(
-                f"{path} was not read: it asks for {needs[1]}, and to obey can run any code. If "
-                "you trust whoever made the file, add --unsafe"
-            ) from error
-        raise ValueError(f"{path} is not a checkpoint, or is damaged ({reason(error)})") from error
-    if not isinstance(contents, Mapping):
-        raise ValueError(f"{path} holds a {type(contents).__name__}, not a dict of parameters")
-    return contents
-
-
-def _state_dict(contents: Mapping) -> dict[str, Tensor]:
-    """The tensors by name, without the prefix that torch.compile puts in between."""
-    inner = next((contents[key] for key in WRAPPERS if isinstance(contents.get(key), Mapping)), {})
-    state = {}
-    for name, tensor in (inner or contents).items():
-        if isinstance(name, str) and isinstance(tensor, Tensor):
-            if tensor.is_nested or tensor.layout != torch.strided:
-                raise ValueError(f"{short(name)} is a {tensor.layout} tensor, not a dense one")
-            state[name.replace("_orig_mod.", "")] = tensor
-    return state
+# Which tensor is what
 
 
 def _normalization(stored) -> Normalization:
@@ -296,34 +237,6 @@ def _normalization(stored) -> Normalization:
     if not isinstance(stored, list | tuple) or len(stored) != 2:
         raise ValueError(f"norm_stats={short(stored)}: mean and deviation are needed, two numbers")
     return checked_normalization(dict(zip(("mean", "std"), stored, strict=True)))
-
-
-class _Kept:
-    """Stands for a class of omegaconf's, or a type named by one, and does nothing."""
-
-    def __init__(self, *args):
-        pass
-
-
-def _empty_dict(*args) -> dict:
-    return {}
-
-
-# what a pickled omegaconf.ListConfig or DictConfig asks for
-HYDRA = (
-    *((_Kept, f"omegaconf.{name}") for name in ("listconfig.ListConfig", "dictconfig.DictConfig")),
-    *((_Kept, f"omegaconf.base.{name}") for name in ("ContainerMetadata", "Metadata")),
-    *(
-        (_Kept, f"omegaconf.nodes.{name}Node")
-        for name in ("Any", "Boolean", "Bytes", "Float", "Integer", "Path", "String")
-    ),
-    *((_Kept, f"builtins.{name}") for name in ("bool", "dict", "float", "int", "list", "str")),
-    *((_Kept, f"typing.{name}") for name in ("Any", "Dict", "List", "Tuple")),
-    (_empty_dict, "collections.defaultdict"),
-)
-
-
-# Understanding
 
 
 def _find_prefix(state: dict[str, Tensor], kind: Family) -> str:

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from speechbrain_jepa.data.demo_sounds import PITCHED, SCENES, SOUNDS, Score, record
+from speechbrain_jepa.data.demo_sounds import PITCHED, SCENES, SOUNDS
+from speechbrain_jepa.data.synthesis import Score, record
 from speechbrain_jepa.features import SAMPLE_RATE
 
 VERSION = 1  # of the recipe below: another number makes the corpus anew
