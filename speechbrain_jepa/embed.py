@@ -22,7 +22,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -102,7 +102,7 @@ class Embeddings:
             return
         files, rows = zip(*self.pending, strict=True)
         part = self.parts / f"part-{len(list(self.parts.glob('part-*.npz'))):06d}.npz"
-        arrays = {
+        arrays: dict[str, Any] = {
             "files": np.array(files),
             "rows": np.array([len(array) for array in rows]),
             "width": np.array(rows[0].shape[1]),
@@ -129,7 +129,7 @@ class Embeddings:
 
     def rows_of(self, files: list[str]) -> Iterator[tuple[str, np.ndarray]]:
         """Each file with its embeddings [rows, C], one part in memory at a time."""
-        loaded, embeddings = None, None
+        loaded, embeddings = None, np.empty((0, 0))
         for file in files:
             part, first, rows = self.place[file]
             if part != loaded:
@@ -193,7 +193,7 @@ class Embeddings:
         index.replace(self.out.with_suffix(".files.csv"))
 
     def _write_npz(self, path: Path, files: list[str], times) -> None:
-        arrays = {"files": np.array(files)}
+        arrays: dict[str, Any] = {"files": np.array(files)}
         if times is not None:
             counts = self._counts(files)
             arrays["rows"] = counts
@@ -377,7 +377,7 @@ def _embed(
         for batch in read_clips(left, batch_seconds, num_workers, skip):
             wav = batch.wav.to(device)
             if level == "clip":
-                rows = model.embed(wav, batch.wav_lens)[:, None].float().cpu().numpy()
+                rows = list(model.embed(wav, batch.wav_lens)[:, None].float().cpu().numpy())
             else:
                 steps = model.num_steps((batch.wav_lens * wav.shape[1]).round().long())
                 frames = model(wav, batch.wav_lens).float().cpu().numpy()

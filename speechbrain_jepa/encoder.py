@@ -364,7 +364,7 @@ class AudioJEPA(nn.Module):
         Returns [..., B, windows, steps, what `reduce` leaves of C], zeros where there is nothing.
         """
         frequency_patches = self.encoder.grid.frequency_patches
-        out = None
+        out: Tensor | None = None
         for windows, spectrogram in self._spectrograms(clips):
             valid = None
             if windows.ragged:
@@ -378,6 +378,7 @@ class AudioJEPA(nn.Module):
                 out = value.new_zeros(*value.shape[:-3], *shape)
             clip, number = windows.clip.to(value.device), windows.number.to(value.device)
             out[..., clip, number, : value.shape[-2], :] = value
+        assert out is not None  # a batch has a clip, and a clip a window
         return out
 
     def _normalize(self, out: Tensor, steps: Tensor) -> Tensor:

@@ -187,9 +187,10 @@ class JEPA(nn.Module):
         At a rate of 0.99999 a weight 0.2 % away moves by 2e-8 of its size, which float32 rounds to
         nothing. What is rounded off is kept and added with the next update (Kahan, 1965).
         """
-        target = list(self.target_encoder.parameters())
-        rest = list(self.target_rest)
-        scratch = torch._foreach_sub(list(self.context_encoder.parameters()), target)
+        context: list[Tensor] = list(self.context_encoder.parameters())
+        target: list[Tensor] = list(self.target_encoder.parameters())
+        rest: list[Tensor] = list(self.target_rest)
+        scratch = torch._foreach_sub(context, target)
         torch._foreach_add_(rest, scratch, alpha=1 - rate)
         torch._foreach_copy_(scratch, target)
         torch._foreach_add_(target, rest)

@@ -57,12 +57,12 @@ class PatchStatistics:
 
     def __init__(self, num_patches: int):
         self.count = torch.zeros(num_patches, 1, dtype=torch.float64)
-        self.total = self.squares = None
+        self.total = self.squares = torch.zeros(num_patches, 0)  # D is known from the first rows
 
     def add(self, rows: Tensor, index: Tensor) -> None:
         """Representations [..., D] of the patches `index` [...]."""
         rows, index = rows.flatten(0, -2).double().cpu(), index.flatten().cpu()
-        if self.total is None:
+        if not self.total.numel():
             self.total, self.squares = torch.zeros(2, len(self.count), rows.shape[1]).double()
         self.count.index_add_(0, index, torch.ones(len(index), 1, dtype=torch.float64))
         self.total.index_add_(0, index, rows)

@@ -39,7 +39,7 @@ HYDRA = (
 )
 
 
-def read_checkpoint(path, unsafe: bool = False) -> dict:
+def read_checkpoint(path, unsafe: bool = False) -> Mapping:
     """The content of a checkpoint, on the CPU, without running code from it unless `unsafe`.
 
     Besides tensors and plain values, `argparse.Namespace` is read, as training scripts of this
@@ -54,7 +54,7 @@ def read_checkpoint(path, unsafe: bool = False) -> dict:
 
     Returns
     -------
-    dict
+    mapping
 
     Raises
     ------
@@ -95,9 +95,9 @@ def state_dict(contents: Mapping) -> dict[str, Tensor]:
     ValueError
         If a tensor is sparse or nested.
     """
-    inner = next((contents[key] for key in WRAPPERS if isinstance(contents.get(key), Mapping)), {})
+    inner = (contents[key] for key in WRAPPERS if isinstance(contents.get(key), Mapping))
     state = {}
-    for name, tensor in (inner or contents).items():
+    for name, tensor in (next(inner, None) or contents).items():
         if isinstance(name, str) and isinstance(tensor, Tensor):
             if tensor.is_nested or tensor.layout != torch.strided:
                 raise ValueError(f"{short(name)} is a {tensor.layout} tensor, not a dense one")

@@ -51,7 +51,8 @@ def resolve_recipe(path: str | os.PathLike, overrides: str | Mapping | None = No
     out: results/3
     <BLANKLINE>
     """
-    path, lines = Path(path), {}
+    path = Path(path)
+    lines: dict = {}
     overrides = YAML().load(overrides) if isinstance(overrides, str) else overrides
     while True:
         text = path.read_text(encoding="utf-8")

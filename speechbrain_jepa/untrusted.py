@@ -86,9 +86,9 @@ def read_json(path: Path) -> dict:
         raise ValueError(f"{path} is not JSON ({reason(error)}): {again}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} is a {type(value).__name__}, not the config of an encoder")
-    level = [value]
+    level: list[dict | list] = [value]
     for _ in range(MAX_NESTING):
-        inner = [item.values() if isinstance(item, dict) else item for item in level]
+        inner = [list(item.values()) if isinstance(item, dict) else item for item in level]
         level = [item for items in inner for item in items if isinstance(item, dict | list)]
     if level:
         raise ValueError(f"{path} is nested more than {MAX_NESTING} deep: {again}")
@@ -120,17 +120,17 @@ def checked_encoder(settings: Any) -> tuple[PatchGrid, dict]:
     ValueError: encoder.depth is missing
     """
     sizes = _checked("encoder", settings, ("grid", *SIZES, *NUMBERS), SWITCHES)
-    grid = _checked("encoder.grid", sizes.pop("grid"), GRID)
+    patches = _checked("encoder.grid", sizes.pop("grid"), GRID)
     for key, limits in GRID.items():
-        _check_whole(f"encoder.grid.{key}", grid[key], *limits)
+        _check_whole(f"encoder.grid.{key}", patches[key], *limits)
     for key, limits in SIZES.items():
         _check_whole(f"encoder.{key}", sizes[key], *limits)
-    for key, limits in NUMBERS.items():
-        _check_number(f"encoder.{key}", sizes[key], *limits)
+    for key, (least, most) in NUMBERS.items():
+        _check_number(f"encoder.{key}", sizes[key], least, most)
     for key in SWITCHES:
         if not isinstance(sizes.get(key, False), bool):
             raise ValueError(f"encoder.{key}={short(sizes[key])}: expected true or false")
-    grid = PatchGrid(**grid)
+    grid = PatchGrid(**patches)
     if grid.num_patches * sizes["dim"] > MAX_POSITIONS:
         raise ValueError(
             f"encoder.grid has {grid.num_patches} patches of {sizes['dim']} dims: positions of "

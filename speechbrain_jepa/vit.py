@@ -214,6 +214,9 @@ class Encoder(nn.Module):
     torch.Size([3, 4, 26, 48])
     """
 
+    positions: Tensor
+    class_token: nn.Parameter | None
+
     def __init__(
         self,
         grid: PatchGrid,
@@ -350,6 +353,8 @@ class Predictor(nn.Module):
     >>> predictor(torch.randn(4, 26, 48), context, target).shape
     torch.Size([4, 39, 48])
     """
+
+    positions: Tensor
 
     def __init__(
         self,

@@ -99,19 +99,19 @@ def open_audio(path: str | os.PathLike) -> Iterator[soundfile.SoundFile]:
 @contextlib.contextmanager
 def _source(path: str):
     """What soundfile is given to open: a member's bytes, or the path."""
-    is_member = isinstance(path, ShardMember)
-    found = os.stat(path.shard if is_member else path)
+    member = path if isinstance(path, ShardMember) else None
+    found = os.stat(path if member is None else member.shard)
     kind = stat.S_IFMT(found.st_mode)
     if kind != stat.S_IFREG:
         what = _KINDS.get(kind, "something else")
         raise UnreadableAudio(path, f"is {what}: only regular files are opened")
-    if (path.size if is_member else found.st_size) == 0:
+    if (found.st_size if member is None else member.size) == 0:
         raise UnreadableAudio(path, "empty")
-    if is_member:
-        with path.open() as file:
-            yield file
-    else:
+    if member is None:
         yield os.fsencode(path)  # soundfile refuses names that are not UTF-8
+    else:
+        with member.open() as file:
+            yield file
 
 
 def _reason(error: Exception, path: str | None = None) -> str:

@@ -225,7 +225,8 @@ class CropDataset(Dataset):
     def __getitems__(self, keys: list[Key]) -> CropBatch:
         """Read one crop for each key; broken files are replaced by others and reported."""
         wav = torch.empty(len(keys), crop_samples(self.crop_frames))
-        items, failures = [], []
+        items: list[int] = []
+        failures: list[tuple[str, str]] = []
         for row, (epoch, item) in zip(wav.numpy(), keys):
             row[:], item = self._read(epoch if self.random_crops else 0, item, failures)
             items.append(item)
