@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from speechbrain_jepa.data.crops import ORDER, CropBatch, CropDataset, Key, random_at
+from speechbrain_jepa.data.crops import ORDER, CropDataset, Key, random_at
 
 
 class CropSampler(Sampler[list[Key]]):
