@@ -26,7 +26,8 @@ class NamedTensor(Tensor):
     (torch.Size([1, 7, 240]), <class 'torch.Tensor'>)
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch says
+    # torch's own way to have operations give plain tensors; its stubs expect a method
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __getitem__(self, key):
         return self.as_subclass(Tensor) if key == "embeddings" else super().__getitem__(key)

@@ -1,7 +1,7 @@
 """Clips of one length: what a probe's encoder is given."""
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ def fixed_length(wav: Tensor, samples: int, draw: float = 0.0) -> Tensor:
 
 def read_fixed(
     clips: LabelledClips,
-    rows: Sequence[int],
+    rows: Iterable[int],
     clip_seconds: float,
     crop_seed: int = 0,
     batch_seconds: float = BATCH_SECONDS,
@@ -57,7 +57,7 @@ def read_fixed(
     Arguments
     ---------
     clips : LabelledClips
-    rows : sequence of int
+    rows : iterable of int
         Which to read, in this order.
     clip_seconds : float
     crop_seed : int

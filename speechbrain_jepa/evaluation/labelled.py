@@ -11,6 +11,7 @@
 """
 
 import csv
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -126,16 +127,17 @@ class LabelledClips:
             If a part is left without clips.
         """
         usable = np.ones(len(self), bool) if usable is None else usable
+        parts: list[tuple[int | None, np.ndarray, np.ndarray | None, np.ndarray]]
         if self.has_folds:
             folds = np.array(self.folds)
             parts = [
                 (fold, np.flatnonzero(usable & (folds != fold)), None, folds == fold)
-                for fold in sorted(set(self.folds))
+                for fold in np.unique(folds).tolist()
             ]
         else:
             splits = np.array(self.splits)
-            valid = np.flatnonzero(usable & (splits == "valid"))
-            named = valid if (splits == "valid").any() else None
+            is_valid = splits == "valid"
+            named = np.flatnonzero(usable & is_valid) if is_valid.any() else None
             parts = [(None, np.flatnonzero(usable & (splits == "train")), named, splits == "test")]
         divisions = []
         for fold, train, valid, test in parts:
@@ -251,8 +253,7 @@ def _clips(path, root: Path, name: str, labelled: list[tuple[int, dict]], multil
 
 def _check(path, name: str, clips: LabelledClips) -> None:
     if len(set(clips.ids)) < len(clips):
-        seen = set()
-        twice = next(name for name in clips.ids if name in seen or seen.add(name))
+        twice = Counter(clips.ids).most_common(1)[0][0]
         raise ValueError(f"{path}: {twice!r} occurs twice: a clip has one row")
     with_fold = sum(fold is not None for fold in clips.folds)
     if with_fold:

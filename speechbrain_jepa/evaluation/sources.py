@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchaudio
@@ -92,11 +93,13 @@ class Source:
 
     def fit(self, batches: Iterable[Tensor]) -> dict:
         """Measure mean and deviation of the log-mel on batches [B, samples], and give them."""
+        assert isinstance(self.module, AudioJEPA)  # `fits_data`
         pair = self.module.fit_normalization(batches).normalization
         return {"mean": pair.mean.item(), "std": pair.std.item()}
 
     def set_normalization(self, mean: float, std: float) -> None:
         """Take a pair that `fit` has given before."""
+        assert isinstance(self.module, AudioJEPA)  # `fits_data`
         self.module.normalization.set(mean, std)
 
     def fingerprint(self) -> dict:
@@ -200,11 +203,11 @@ def _log_mel(device) -> Source:
 
 def _untrained(folder: str, seed: int):
     """The encoder and normalisation of a folder, or the paper's, with weights of a seed."""
+    grid, normalization = PatchGrid(), Normalization(-7.0633, 4.1971)  # AudioSet's
+    config: dict[str, Any] = {}
     if folder:
         loaded, normalization, _ = load_pretrained(folder)
         grid, config = loaded.grid, loaded.config
-    else:
-        grid, config, normalization = PatchGrid(), {}, Normalization(-7.0633, 4.1971)  # AudioSet's
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = Encoder(grid, **config)

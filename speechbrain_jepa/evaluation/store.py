@@ -17,6 +17,7 @@ import os
 import re
 import time
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -180,7 +181,7 @@ def _fit(source: Source, clips: LabelledClips, clip_seconds: float, place: Path,
     write_text(path, json.dumps(pair))
 
 
-def _open(place: Path, mode: str = "r+"):
+def _open(place: Path, mode: Literal["r", "r+"] = "r+"):
     """Features and states of the rows; None before the first is there."""
     if not (place / "rows.npy").exists():
         return None, None

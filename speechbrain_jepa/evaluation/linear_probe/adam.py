@@ -78,8 +78,8 @@ class _Group:
         variants = len(protocol.variants)
         bound = 1 / math.sqrt(bank.dims)  # as torch.nn.Linear begins
         shape = (bank.num_classes, bank.dims + 1)
-        start = [_random(trial, INIT).uniform(-bound, bound, shape) for trial in self.trials]
-        start = torch.from_numpy(np.stack(start)).float().to(bank.device)[:, None]
+        drawn = [_random(trial, INIT).uniform(-bound, bound, shape) for trial in self.trials]
+        start = torch.from_numpy(np.stack(drawn)).float().to(bank.device)[:, None]
         weight, bias = start[..., :-1], start[..., -1]
         # [R, V, K, C] and [R, V, K], each followed by Adam's two moments
         self.weight = [weight.repeat(1, variants, 1, 1)]
