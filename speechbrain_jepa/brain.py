@@ -41,7 +41,7 @@ TRAIN_COLUMNS = (
     "memory_gib",
     "nonfinite_steps",
 )
-# what oneDNN can be held to (ONEDNN_MAX_CPU_ISA) that multiplies bfloat16 natively
+# values of ONEDNN_MAX_CPU_ISA that leave oneDNN an instruction set with bfloat16 products
 NATIVE_BF16_ISA = ("DEFAULT", "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX")
 VALID_COLUMNS = ("loss", "target_deviation", "embedding_deviation", "embedding_rank")
 

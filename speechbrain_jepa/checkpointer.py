@@ -22,7 +22,7 @@ class AtomicCheckpointer(Checkpointer):
     """
 
     def save_checkpoint(self, meta=None, end_of_epoch=True, name=None, verbosity=logging.INFO):
-        """As in the base class; a full disk is said by name, and gets its space back."""
+        """As in the base class. On a full disk the error names it; the rest is removed."""
         self.remove_leftovers()
         try:
             with full_disk_named(self.checkpoints_dir):
@@ -35,7 +35,7 @@ class AtomicCheckpointer(Checkpointer):
             self.remove_leftovers()
             raise
         final = self._move_into_place(partial, verbosity)
-        ddp_barrier()  # nobody looks for checkpoints before the new one is there
+        ddp_barrier()  # no process looks for checkpoints before the new one is there
         return final
 
     def remove_leftovers(self) -> None:
@@ -59,8 +59,8 @@ class AtomicCheckpointer(Checkpointer):
     def delete_checkpoints(self, *args, **kwargs):
         """As in the base class, but on the main process alone.
 
-        There every process looks for itself and all wait for each other once for each checkpoint
-        found: a deadlock, where one looks after another has deleted.
+        There every process lists the checkpoints and waits at a barrier for each one it lists: if
+        one lists them after another has deleted some, they wait for each other forever.
         """
         super().delete_checkpoints(*args, **kwargs)
 

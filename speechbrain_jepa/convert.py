@@ -107,7 +107,7 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was done.
+    """What was found in a checkpoint, and where the encoder was written.
 
     Arguments
     ---------
@@ -305,7 +305,7 @@ def _grid(state, prefix, kind, path, input_size, patch_size) -> PatchGrid:
             )
         input_size, patch_size = input_size or sizes[:2], patch_size or sizes[2:]
     stated, stated_patch = input_size or (N_MELS, frames), tuple(patch_size or patch)
-    # frames that fill no patch were never seen: 1001 are 62 patches of 16
+    # frames that fill no patch were never encoded: 1001 frames are 62 patches of 16
     if stated_patch != patch or stated[0] != N_MELS or stated[1] // patch[1] != time_patches:
         raise ValueError(
             f"input {_times(stated)} with patches {_times(stated_patch)} does not fit the weights, "
@@ -395,7 +395,7 @@ def _encoder(settings: dict, state, names, path: Path) -> Encoder:
 
     def load() -> dict[str, Tensor]:
         loaded = {name: tensor.float() for name, tensor in tensors.items()}
-        if first is not None:  # its position is the first one
+        if first is not None:  # the first position is the class token's
             loaded["class_token"] = loaded["class_token"] + first[0].float()
         return loaded
 
@@ -403,7 +403,7 @@ def _encoder(settings: dict, state, names, path: Path) -> Encoder:
 
 
 def _beginning(name: str, prefix: str) -> str:
-    """Of a key, for counting: the prefix and the name behind it."""
+    """The prefix of a key and the name behind it, by which unused keys are counted."""
     behind = name.removeprefix(prefix)
     return name[: len(name) - len(behind)] + behind.split(".")[0]
 

@@ -37,7 +37,7 @@ FORMATS = (".npz", ".npy", ".csv")
 LEVELS = ("clip", "frame")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 PART_BYTES = 64e6  # a part is put on the disk when it has grown to this size
-PART_SECONDS = 60.0  # or after so long: what an interruption may cost
+PART_SECONDS = 60.0  # or after so long: an interruption loses no more than this
 
 
 class Embeddings:
@@ -78,7 +78,7 @@ class Embeddings:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the output is the one that these parts have made: only they were not removed."""
+        """Whether the output was written from these parts, and only removing them is left."""
         marker = self.parts / "complete.json"
         return marker.exists() and self.out.exists() and _state(self.out) == marker.read_text()
 
@@ -225,7 +225,7 @@ def _table(path: Path, columns: list):
 
 
 def _state(path: Path) -> str:
-    """What a rename leaves as it is."""
+    """Size and modification time, which a rename keeps."""
     stat = path.stat()
     return json.dumps([stat.st_size, stat.st_mtime_ns])
 
@@ -317,7 +317,7 @@ def embed_files(
                 return done, skipped
         if out.exists():
             raise _exists(out)
-        skipped.path.unlink(missing_ok=True)  # what was broken is tried again
+        skipped.path.unlink(missing_ok=True)  # files that could not be read are tried again
         skipped = SkippedFiles(skipped.path)
         if not model.is_fitted:
             _fit(model, embeddings, files, num_workers)

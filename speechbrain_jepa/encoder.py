@@ -268,7 +268,7 @@ class AudioJEPA(nn.Module):
             sums = sums / clips.steps.to(wav.device)[:, None]
             mean, square = sums[..., :-1], sums[..., -1:]
             if self.output_norm:
-                # normalising is the same map for every time step, so the mean goes through it
+                # normalising is one affine map for all time steps: it can be applied to their mean
                 center = mean.mean(-1, keepdim=True)
                 variance = square / mean.shape[-1] - center.square()
                 mean = (mean - center) * (variance + OUTPUT_NORM_EPS).rsqrt()

@@ -152,7 +152,7 @@ class Normalization(nn.Module):
         center, scale = torch.as_tensor(mean), torch.as_tensor(std)
         if not (center.isfinite() and scale.isfinite() and scale > 0):
             raise ValueError(
-                f"norm_mean={mean:g}, norm_std={std:g}: both must be finite and std positive; "
+                f"norm_mean={center:g}, norm_std={scale:g}: both must be finite and std positive; "
                 "silent or constant audio has no deviation to divide by"
             )
         self.mean.fill_(center)

@@ -15,7 +15,7 @@ WRAPPERS = ("model", "state_dict")  # where a training checkpoint keeps the para
 
 
 class _Kept:
-    """Stands for a class of omegaconf's, or a type named by one, and does nothing."""
+    """Takes the place of omegaconf's classes and of the types that they name; runs nothing."""
 
     def __init__(self, *args):
         pass
@@ -44,7 +44,7 @@ def read_checkpoint(path, unsafe: bool = False) -> Mapping:
 
     Besides tensors and plain values, `argparse.Namespace` is read, as training scripts of this
     family keep their options in one, and omegaconf's lists and dicts, which Hydra leaves in an
-    optimiser's state; for these stands a class that keeps what it is given and does nothing.
+    optimiser's state; in place of omegaconf's classes an empty one is built (`_Kept`).
 
     Arguments
     ---------

@@ -1,4 +1,4 @@
-"""Configs and weights that somebody else wrote: compared first, allocated then.
+"""Configs and weights from files that are not trusted: checked before memory is allocated.
 
 A file may say anything. The shapes that a config means are compared with those in the weights'
 header before a byte is allocated for them, so that a small file cannot ask for more memory than it
@@ -35,7 +35,7 @@ GRID = {
 }
 SIZES = {"dim": (1, 2**16), "depth": (1, 1000), "num_heads": (1, 2**16)}
 NUMBERS = {"mlp_ratio": (1e-6, 256), "norm_eps": (1e-30, 1)}
-SWITCHES = ("class_token", "stored_positions")  # False in configs from before they were
+SWITCHES = ("class_token", "stored_positions")  # False where an older config lacks them
 
 
 @dataclass(frozen=True)

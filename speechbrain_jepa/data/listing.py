@@ -1,4 +1,4 @@
-"""The audio files below a folder, found by the ends of their names."""
+"""The audio files below a folder, found by their extensions."""
 
 import os
 

@@ -116,7 +116,7 @@ def list_members(shard: str, extensions) -> tuple[dict[str, tuple[int, int]], st
         with tarfile.open(shard, "r:", tarinfo=_Checked) as tar:
             for member in tar:
                 tar.members = []  # type: ignore[attr-defined]  # tarfile keeps them all otherwise
-                if member.size < 0 or tar.offset <= place:  # as a pax header can still have it
+                if member.size < 0 or tar.offset <= place:  # a pax header can still say so
                     raise tarfile.ReadError(f"a member of {member.size} bytes")
                 place = tar.offset
                 name = member.name.removeprefix("./")

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from speechbrain_jepa.data.clips import BATCH_SECONDS, read_clips
-from speechbrain_jepa.data.crops import UnreadableAudio
-from speechbrain_jepa.evaluation.labelled import LabelledClips, random_at
+from speechbrain_jepa.data.crops import UnreadableAudio, random_at
+from speechbrain_jepa.evaluation.labelled import LabelledClips
 from speechbrain_jepa.features import SAMPLE_RATE
 
-CROP = 0  # what random numbers are for, beside labelled.DRAW
+CROP = 0  # stream of random numbers: independent of labelled.DRAW's
 
 
 def fixed_length(wav: Tensor, samples: int, draw: float = 0.0) -> Tensor:

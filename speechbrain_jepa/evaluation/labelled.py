@@ -20,11 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from speechbrain_jepa.data.crops import random_at
+
 COLUMNS = ("ID", "wav", "duration", "label", "split", "fold")  # that the recipes' manifests have
 NO_LABELS = ("ID", "file", "wav", "duration", "split", "fold")
 SPLITS = ("train", "valid", "test")
 VALID_SHARE = 0.1  # of the training clips, where the data set names no validation clips
-DRAW = 1  # what random numbers are for: independent streams of one seed
+DRAW = 1  # stream of random numbers: independent of fixed_clips.CROP's
 
 
 @dataclass(frozen=True)
@@ -271,10 +273,3 @@ def _check(path, name: str, clips: LabelledClips) -> None:
     for split in ("train", "test"):
         if split not in clips.splits:
             raise ValueError(f"{path}: no row of split {split} has a label in {name}")
-
-
-def random_at(seed: int, stream: int, place: int) -> np.random.Generator:
-    """Random numbers that belong to a place, without state or history."""
-    return np.random.Generator(
-        np.random.Philox(key=[seed % 2**64, stream], counter=[0, place, 0, 0])
-    )

@@ -1,4 +1,4 @@
-"""What the quickstart ends with: a probe table, the paper's Fig. 1, curves, what is where."""
+"""The quickstart's report: a probe table, the paper's Fig. 1, the run's curves."""
 
 import sys
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Encoders by name, all with one face: clips of equal length in, one vector a layer and clip out.
+"""Encoders by name, all with one interface: clips of equal length in, a vector per layer out.
 
 | name | encoder |
 | --- | --- |
@@ -75,7 +75,7 @@ class Source:
     @property
     def device(self) -> torch.device:
         """Where it computes."""
-        # not of the state dict, where log-mel has nothing
+        # not the state dict: the log-mel's buffers are not in it
         tensors = chain(self.module.parameters(), self.module.buffers())
         return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
@@ -107,7 +107,7 @@ class Source:
         digest = hashlib.sha256()
         for name, tensor in self.module.state_dict().items():
             if self.fits_data and name.startswith("normalization."):
-                continue  # follows from the data
+                continue  # measured on the data, not part of the weights
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         return {
