@@ -58,7 +58,8 @@ def resolve_recipe(
     out: results/3
     <BLANKLINE>
     """
-    path, lines = Path(path), {}
+    path = Path(path)
+    lines: dict = {}
     if isinstance(overrides, str):
         overrides = YAML().load(overrides)
     overrides = dict(overrides or {})

@@ -10,7 +10,8 @@ from hyperpyyaml import load_hyperpyyaml
 from speechbrain.utils.epoch_loop import EpochCounter
 from speechbrain.utils.train_logger import FileTrainLogger
 
-from speechbrain_jepa.brain import AtomicCheckpointer, JEPABrain
+from speechbrain_jepa.brain import JEPABrain
+from speechbrain_jepa.checkpointer import AtomicCheckpointer
 from speechbrain_jepa.features import LogMelSpectrogram, Normalization
 from speechbrain_jepa.jepa import JEPA
 from speechbrain_jepa.losses import SmoothL1

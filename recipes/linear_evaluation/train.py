@@ -57,7 +57,7 @@ def evaluate(hparams: dict, device: str = "cpu") -> tuple[Result, Path]:
     )
     clips = read_labelled(manifest, hparams["data_folder"], hparams["multilabel"])["label"]
 
-    clip_seconds = hparams["clip_seconds"] or min(clips.longest, MAX_SECONDS)
+    clip_seconds = hparams["clip_seconds"] or min(clips.longest or MAX_SECONDS, MAX_SECONDS)
 
     source = load_source(
         hparams["encoder"],
