@@ -1,7 +1,9 @@
 """Adam, many trials and variants together: they are the batch axes of one linear model.
 
-What they share (rows, products, Python) is paid once, and each comes out as if it had been trained
-alone. benchmarks/probe.py: %s times as fast as a loop of plain trainings.
+What they share (rows, products, Python) is paid once, and each comes out as if it had been
+trained alone. 5 folds of 2000 x 3840 (benchmarks/probe.py, one thread), in CPU seconds against a
+loop of plain trainings: the paper's probe 1.9 times as fast, a sweep of 12 variants 6.7 times; with
+bfloat16 products 3.5 and 11.6 times.
 """
 
 import math
