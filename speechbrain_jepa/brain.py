@@ -275,6 +275,7 @@ class JEPABrain(sb.Brain):
 
     def compute_forward(self, batch, stage):
         """Log-mel, normalisation, masks and the JEPA's forward pass."""
+        self._report_skipped(batch)
         batch = batch.to(self.device)
         with torch.no_grad():
             spectrogram = self.modules.features(batch.wav, margins=True)
@@ -292,7 +293,6 @@ class JEPABrain(sb.Brain):
     def fit_batch(self, batch):
         """One batch, and every `grad_accumulation_factor` batches an optimiser step."""
         self.interval.batch_arrived()
-        self._report_skipped(batch)
         should_step = self.step % self.grad_accumulation_factor == 0
         self.on_fit_batch_start(batch, should_step)
         with self.no_sync(not should_step):
@@ -360,11 +360,8 @@ class JEPABrain(sb.Brain):
             )
 
     def _report_skipped(self, batch):
-        skipped = getattr(self.hparams, "skipped_files", None)
-        for path, reason in batch.failures:
-            logger.warning(f"Skipped {path}: {reason}")
-            if skipped is not None:
-                skipped.add(path, reason)
+        if getattr(self.hparams, "skipped_files", None) is not None:
+            self.hparams.skipped_files.report(batch.failures)
 
     # Reports
 

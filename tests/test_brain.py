@@ -13,7 +13,13 @@ from speechbrain.utils.epoch_loop import EpochCounter
 from speechbrain.utils.train_logger import FileTrainLogger, TensorboardLogger
 
 from speechbrain_jepa.brain import AtomicCheckpointer, JEPABrain, default_precision
-from speechbrain_jepa.data import CropDataset, CropSampler, crop_loader, scan_folder
+from speechbrain_jepa.data import (
+    CropDataset,
+    CropSampler,
+    SkippedFiles,
+    crop_loader,
+    scan_folder,
+)
 from speechbrain_jepa.evaluation.online_probe import OnlineProbe
 from speechbrain_jepa.features import LogMelSpectrogram, Normalization
 from speechbrain_jepa.jepa import JEPA
@@ -165,6 +171,19 @@ def test_hooks_around_a_batch_are_called_as_in_speechbrain(make_brain, loaders, 
     ]
     _, _, output, loss, _ = calls[-1]
     assert loss is output.loss
+
+
+@pytest.mark.parametrize("stage", [sb.Stage.TRAIN, sb.Stage.VALID])
+def test_files_that_break_are_listed(stage, make_brain, loaders, tmp_path):
+    skipped = SkippedFiles(tmp_path / "skipped.csv")
+    brain = make_brain(skipped_files=skipped)
+    brain.train_set, brain.epoch, brain.step = loaders[0], 1, 1
+    brain.on_stage_start(stage, epoch=1)
+    batch = next(iter(loaders[0]))
+    batch.failures.append(("a.flac", "lost sync"))
+    with torch.no_grad():
+        brain.compute_forward(batch, stage)
+    assert skipped.path.read_text() == "file,reason\na.flac,lost sync\n"
 
 
 def test_a_collapse_is_said_loudly(make_brain, loaders, caplog):
