@@ -39,7 +39,7 @@ from speechbrain_jepa.data import (
     scan_folder,
     split_held_out,
 )
-from speechbrain_jepa.files import folder_lock
+from speechbrain_jepa.files import folder_lock, full_disk_named
 
 logger = get_logger("speechbrain_jepa.train")
 
@@ -188,7 +188,8 @@ def finish(hparams, brain):
 
 def pretrain(hparams, hparams_file, run_opts, overrides):
     """The whole run, in an output folder that nobody else works in."""
-    sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
+    with full_disk_named(hparams["output_folder"]):
+        sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
 
     if hparams["online_probe_csv"] is not None:
         from speechbrain_jepa.evaluation.online_probe import OnlineProbe

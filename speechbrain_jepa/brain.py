@@ -367,7 +367,8 @@ class JEPABrain(sb.Brain):
 
     def _log(self, split: str, stats: dict):
         meta = {"epoch": self.epoch, "step": self.optimizer_step}
-        self.hparams.train_logger.log_stats(meta, **{f"{split}_stats": stats})
+        with full_disk_named(self.hparams.output_folder):
+            self.hparams.train_logger.log_stats(meta, **{f"{split}_stats": stats})
         if not if_main_process():
             return
         self.metrics.append(**meta, **{f"{split}_{name}": value for name, value in stats.items()})

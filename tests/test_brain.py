@@ -343,6 +343,17 @@ def test_a_full_disk_is_named_and_gets_its_space_back(small_disk):
     assert state.weight.any()
 
 
+def test_a_disk_too_full_for_the_log_is_named(make_brain, loaders, small_disk):
+    logger = FileTrainLogger(str(small_disk / "train_log.txt"))
+    brain = make_brain(train_logger=logger, output_folder=str(small_disk))
+    brain.epoch = 1
+    with pytest.raises(OSError), open(small_disk / "filler", "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(2**12))
+    with pytest.raises(OSError, match=f"the disk of {small_disk} is full"):
+        brain._log("train", {"loss": 1.0})
+
+
 def test_a_checkpoint_that_a_kill_left_half_deleted_is_removed(tmp_path):
     state = torch.nn.Linear(2, 2)
     checkpointer = AtomicCheckpointer(tmp_path, {"state": state, "other": torch.nn.Linear(1, 1)})

@@ -1,5 +1,6 @@
 """The recipe as users start it: real processes, real files, real checkpoints."""
 
+import contextlib
 import csv
 import importlib.util
 import itertools
@@ -364,6 +365,14 @@ def test_what_does_not_fit_fails_early_with_the_fix(options, message, audio_fold
     assert done.returncode != 0
     assert message in done.stdout
     assert not (tmp_path / "metrics.csv").exists()
+
+
+def test_a_disk_that_is_full_from_the_start_is_named(audio_folder, small_disk):
+    with contextlib.suppress(OSError), open(small_disk / "filler", "wb") as file:
+        file.write(bytes(2**20))
+    done = run(small_disk / "out", audio_folder)
+    assert done.returncode != 0
+    assert f"the disk of {small_disk / 'out'} is full" in done.stdout
 
 
 def test_a_missing_folder_is_said_at_once(tmp_path):
