@@ -12,7 +12,12 @@ import numpy as np
 import torch
 
 from speechbrain_jepa import AudioJEPA
-from speechbrain_jepa.evaluation.quick_probe import embed_files, probe_table, read_label_sets
+from speechbrain_jepa.evaluation.quick_probe import (
+    embed_files,
+    files_used,
+    probe_table,
+    read_label_sets,
+)
 
 
 @torch.inference_mode()
@@ -43,9 +48,8 @@ def main(arguments=None) -> None:
     encoder = AudioJEPA(options.encoder, output_all_hiddens=True)
     shape = (encoder.num_layers, 2, encoder.get_output_dim())
     label_sets = read_label_sets(options.tasks_folder)
-    files = [file for label_set in label_sets for file in label_set.files]
     embed = {"all": [lambda wavs: statistics(encoder, wavs).reshape(len(wavs), -1)]}
-    features, read = embed_files(files, embed)
+    features, read = embed_files(files_used(label_sets), embed)
     rows = read_outs(features["all"][0].reshape(len(read), *shape))
     print(probe_table({name: [x] for name, x in rows.items()}, read, label_sets))
 

@@ -93,7 +93,7 @@ def _read(file: str | Path) -> np.ndarray:
 
 
 def embed_files(
-    files: Sequence[str | Path], embedders: dict[str, Sequence[Embed]]
+    files: Sequence[str | Path], embedders: Mapping[str, Sequence[Embed]]
 ) -> tuple[dict[str, list[np.ndarray]], list[str | Path]]:
     """Read every file once and embed it with every embedder.
 
