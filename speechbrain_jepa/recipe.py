@@ -60,8 +60,7 @@ def resolve_recipe(
     """
     path = Path(path)
     lines: dict = {}
-    given = YAML().load(overrides) if isinstance(overrides, str) else overrides
-    changes = dict(given or {})
+    given: dict = dict((YAML().load(overrides) if isinstance(overrides, str) else overrides) or {})
     while True:
         text = path.read_text(encoding="utf-8")
         included = _included(text)
@@ -71,13 +70,13 @@ def resolve_recipe(
         path, lines = path.parent / name, {**own, **lines}
     document = YAML().load(text)
     options = [name for name in {**document, **lines} if not name.startswith("__")]
-    unknown = [name for name in changes if name not in options]
+    unknown = [name for name in given if name not in options]
     if unknown:
         raise KeyError(
             f"{', '.join(unknown)}: no option of this recipe; the options are {', '.join(options)}"
         )
-    changes |= {name: value for name, value in (run_options or {}).items() if name in options}
-    for name, value in {**lines, **changes}.items():
+    given |= {name: value for name, value in (run_options or {}).items() if name in options}
+    for name, value in {**lines, **given}.items():
         both = isinstance(value, Mapping) and isinstance(document.get(name), Mapping)
         if both and not _tag(value):  # some arguments of an object
             document[name].update(value)
