@@ -10,19 +10,28 @@ import argparse
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from speechbrain_jepa import AudioJEPA
-from speechbrain_jepa.evaluation.quick_probe import embed_files, probe_table, read_label_sets
+from speechbrain_jepa.evaluation.quick_probe import (
+    embed_files,
+    files_used,
+    probe_table,
+    read_label_sets,
+)
 
 
 @torch.inference_mode()
 def statistics(encoder: AudioJEPA, wavs: list[np.ndarray]) -> np.ndarray:
-    """Mean and deviation over each clip's time steps of every layer: [clips, L, 2, C]."""
-    rows = []
-    for wav in wavs:
-        layers = encoder(torch.from_numpy(wav)[None])[:, 0]
-        rows.append(torch.stack([layers.mean(1), layers.std(1, correction=0)], 1))
-    return torch.stack(rows).numpy()
+    """Mean and deviation over each clip's own time steps of every layer: [clips, L, 2, C]."""
+    samples = torch.tensor([len(wav) for wav in wavs])
+    wav = pad_sequence([torch.from_numpy(wav) for wav in wavs], batch_first=True)
+    layers = encoder(wav, samples.double() / samples.max())
+    own = torch.arange(layers.shape[2]) < encoder.num_steps(samples)[:, None]
+    own, count = own[None, ..., None], own.sum(1)[None, :, None]
+    mean = (layers * own).sum(2) / count
+    square = ((layers - mean[:, :, None]) * own).square().sum(2) / count
+    return torch.stack([mean, square.sqrt()], 2).transpose(0, 1).numpy()
 
 
 def read_outs(features: np.ndarray) -> dict[str, np.ndarray]:
@@ -43,9 +52,8 @@ def main(arguments=None) -> None:
     encoder = AudioJEPA(options.encoder, output_all_hiddens=True)
     shape = (encoder.num_layers, 2, encoder.get_output_dim())
     label_sets = read_label_sets(options.tasks_folder)
-    files = [file for label_set in label_sets for file in label_set.files]
     embed = {"all": [lambda wavs: statistics(encoder, wavs).reshape(len(wavs), -1)]}
-    features, read = embed_files(files, embed)
+    features, read = embed_files(files_used(label_sets), embed)
     rows = read_outs(features["all"][0].reshape(len(read), *shape))
     print(probe_table({name: [x] for name, x in rows.items()}, read, label_sets))
 
