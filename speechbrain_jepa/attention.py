@@ -166,7 +166,7 @@ class Rows:
         self.valid = valid
         self.packed = self.backend == "flash_attn" and valid is not None
         self.key_mask = None
-        if self.packed:
+        if valid is not None and self.packed:
             self.shape = valid.shape
             self.place, self.starts = Packing.of(valid) if packing is None else packing
         elif valid is not None:

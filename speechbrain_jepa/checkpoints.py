@@ -205,7 +205,7 @@ def _write_folder(folder, config: dict, encoder: Encoder, dtype=torch.float32) -
 def _save_safetensors(state: dict, path: Path) -> None:
     try:
         save_file(state, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # what it says of a full disk is no OSError
+    except SafetensorError as error:  # raised for a full disk too, and no OSError
         raise OSError(errno.EIO, str(error)) from error
 
 
@@ -297,7 +297,7 @@ def find_folder(source, save_path=None, **hub_options) -> Path:
     try:
         folder = Path(source).expanduser()
         is_folder, exists = folder.is_dir(), folder.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # no name that a file system takes
+    except (OSError, RuntimeError, ValueError) as error:  # a string that cannot be a path
         raise FileNotFoundError(f"{short(str(source))}: no such folder ({error})") from error
     if is_folder:
         return folder
@@ -372,7 +372,7 @@ def _build(config: dict, path: Path, weights: Weights) -> tuple[Encoder, Normali
 
 
 def _read_experiment(folder: Path, which: str) -> tuple[dict, Path, Weights]:
-    """The same of one encoder in the newest complete checkpoint."""
+    """As `_read_folder`, of one encoder in the newest complete checkpoint."""
     if which not in ENCODERS:
         raise ValueError(f"which={which!r}: choose one of {', '.join(ENCODERS)}")
     path = folder / EXPERIMENT_CONFIG
@@ -415,7 +415,7 @@ def newest_checkpoint(experiment_folder) -> tuple[Path, dict]:
     for folder in save.glob("CKPT+*"):
         try:
             meta = yaml.safe_load((folder / "CKPT.yaml").read_text(encoding="utf-8"))
-        except Exception:  # an unfinished one; a damaged yaml raises anything but YAMLError too
+        except Exception:  # unfinished; a damaged yaml can raise other errors than YAMLError
             continue
         is_complete = isinstance(meta, dict) and (folder / EXPERIMENT_STATE).is_file()
         if is_complete and _is_finite(meta.get("unixtime")):

@@ -98,6 +98,6 @@ def get_timestamp_embeddings(audio: Tensor, model: HearModel) -> tuple[Tensor, T
         The centres of the time patches, in milliseconds.
     """
     embeddings = model(audio).float()
-    # whole milliseconds by construction: rounding takes back what seconds in float32 lost
+    # the centres are whole milliseconds: rounding removes the float32 error of the seconds
     milliseconds = (model.timestamps(embeddings.shape[1]) * 1000).round()
     return embeddings, milliseconds.to(embeddings.device).expand(len(embeddings), -1)

@@ -7,6 +7,8 @@ global batch; with gradient accumulation, those of one micro-batch over all proc
 therefore hold several times D tokens.
 """
 
+from functools import reduce
+
 import torch
 import torch.distributed
 import torch.distributed.nn.functional
@@ -48,7 +50,7 @@ class Regularizer(nn.Module):
         -------
         Tensor, scalar, float32
         """
-        return sum(self.terms(tokens, valid).values())
+        return reduce(torch.add, self.terms(tokens, valid).values())
 
     @staticmethod
     def rows(tokens: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,6 +162,7 @@ class SIGReg(Regularizer):
     """
 
     names = ("gaussianity",)
+    step: Tensor
 
     def __init__(
         self, weight: float = 1.0, directions: int = 64, knots: int = 9, limit: float = 5.0

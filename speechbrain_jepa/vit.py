@@ -214,6 +214,9 @@ class Encoder(nn.Module):
     torch.Size([3, 4, 26, 48])
     """
 
+    positions: Tensor
+    class_token: nn.Parameter | None
+
     def __init__(
         self,
         grid: PatchGrid,
@@ -290,7 +293,7 @@ class Encoder(nn.Module):
         with torch.autocast(spectrogram.device.type, enabled=False):
             x = self.patch_embed(patches.to(dtype)) + positions.to(dtype)
             if self.class_token is not None:
-                x, valid = self._append_class_token(x, valid)
+                x, valid = _append_token(x, valid, self.class_token)
                 packing = None  # that of rows without the token
             rows = Rows(self.attention, x, valid, packing)
             x = rows.pack(x)
@@ -304,11 +307,6 @@ class Encoder(nn.Module):
             if self.class_token is not None:
                 outputs = [tokens[:, :-1] for tokens in outputs]
             return torch.stack(outputs) if all_layers else outputs[0]
-
-    def _append_class_token(self, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Behind the patches, where their numbers stay as they are."""
-        x = torch.cat([x, self.class_token.to(x.dtype).expand(len(x), 1, -1)], 1)
-        return x, None if valid is None else F.pad(valid, (0, 1), value=True)
 
     def _positions_for(self, spectrogram: Tensor) -> Tensor:
         """Positions [N', D] of a spectrogram no longer than the grid."""
@@ -324,6 +322,12 @@ class Encoder(nn.Module):
             return self.positions
         by_time = self.positions.unflatten(0, (grid.frequency_patches, grid.time_patches))
         return by_time[:, : frames // grid.patch_time].flatten(0, 1)
+
+
+def _append_token(x: Tensor, valid: Tensor | None, token: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Behind the patches, where their numbers stay as they are."""
+    x = torch.cat([x, token.to(x.dtype).expand(len(x), 1, -1)], 1)
+    return x, None if valid is None else F.pad(valid, (0, 1), value=True)
 
 
 class Predictor(nn.Module):
@@ -350,6 +354,8 @@ class Predictor(nn.Module):
     >>> predictor(torch.randn(4, 26, 48), context, target).shape
     torch.Size([4, 39, 48])
     """
+
+    positions: Tensor
 
     def __init__(
         self,

@@ -80,7 +80,10 @@ def _open(path: Path, mode: str):
 
 def _line(*fields: str) -> str:
     """One csv line; a carriage return, which `csv` leaves bare, is quoted too."""
-    quoting = csv.QUOTE_ALL if any("\r" in field for field in fields) else csv.QUOTE_MINIMAL
+    bare = any("\r" in field for field in fields)
     line = io.StringIO()
-    csv.writer(line, lineterminator="\n", quoting=quoting).writerow(fields)
+    writer = csv.writer(
+        line, lineterminator="\n", quoting=csv.QUOTE_ALL if bare else csv.QUOTE_MINIMAL
+    )
+    writer.writerow(fields)
     return line.getvalue()

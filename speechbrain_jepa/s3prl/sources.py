@@ -69,7 +69,7 @@ def download(url: str, refresh: bool = False) -> Path:
         for file, source in urls.items():
             if refresh or not file.exists():
                 try:
-                    download_url_to_file(source, file)
+                    download_url_to_file(source, str(file))
                 except OSError as error:
                     raise OSError(f"{source} could not be downloaded: {error}") from error
     return file
