@@ -10,6 +10,7 @@ import argparse
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from speechbrain_jepa import AudioJEPA
 from speechbrain_jepa.evaluation.quick_probe import (
@@ -22,12 +23,15 @@ from speechbrain_jepa.evaluation.quick_probe import (
 
 @torch.inference_mode()
 def statistics(encoder: AudioJEPA, wavs: list[np.ndarray]) -> np.ndarray:
-    """Mean and deviation over each clip's time steps of every layer: [clips, L, 2, C]."""
-    rows = []
-    for wav in wavs:
-        layers = encoder(torch.from_numpy(wav)[None])[:, 0]
-        rows.append(torch.stack([layers.mean(1), layers.std(1, correction=0)], 1))
-    return torch.stack(rows).numpy()
+    """Mean and deviation over each clip's own time steps of every layer: [clips, L, 2, C]."""
+    samples = torch.tensor([len(wav) for wav in wavs])
+    wav = pad_sequence([torch.from_numpy(wav) for wav in wavs], batch_first=True)
+    layers = encoder(wav, samples.double() / samples.max())
+    own = torch.arange(layers.shape[2]) < encoder.num_steps(samples)[:, None]
+    own, count = own[None, ..., None], own.sum(1)[None, :, None]
+    mean = (layers * own).sum(2) / count
+    square = ((layers - mean[:, :, None]) * own).square().sum(2) / count
+    return torch.stack([mean, square.sqrt()], 2).transpose(0, 1).numpy()
 
 
 def read_outs(features: np.ndarray) -> dict[str, np.ndarray]:
