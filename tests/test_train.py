@@ -18,7 +18,7 @@ import pytest
 import soundfile
 import torch
 
-from speechbrain_jepa.brain import AtomicCheckpointer
+from speechbrain_jepa.checkpointer import AtomicCheckpointer
 from speechbrain_jepa.data import SkippedFiles
 from speechbrain_jepa.features import LogMelSpectrogram, Normalization
 
