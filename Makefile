@@ -20,6 +20,7 @@ test-s3prl: $(VENV)/s3prl/installed
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 # The site, in build/site. A link to nowhere is an error
 docs: $(VENV)/installed

@@ -10,14 +10,12 @@ work as everywhere. Started again with the same command, a run continues where i
 
 import contextlib
 import inspect
-import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import speechbrain as sb
 import torch
-import yaml
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.utils.checkpoints import torch_recovery
 from speechbrain.utils.distributed import if_main_process, main_process_only, run_on_main
@@ -39,7 +37,8 @@ from speechbrain_jepa.data import (
     scan_folder,
     split_held_out,
 )
-from speechbrain_jepa.files import folder_lock, full_disk_named
+from speechbrain_jepa.files import folder_lock, full_disk_named, write_text
+from speechbrain_jepa.recipe import resolve_recipe
 
 logger = get_logger("speechbrain_jepa.train")
 
@@ -53,17 +52,6 @@ RUN_OPTIONS = (  # of SpeechBrain's, those that change what is learned
     "remove_vector_weight_decay",
 )
 SPLIT = "split"  # folder of the two manifests that this run trains and validates on
-
-
-def add_run_options(overrides, run_opts, hparams_file):
-    """Run options given on the command line also replace their line of the yaml, if it has one.
-
-    What refers to that line follows (eval_precision to precision), and hyperparams.yaml says what
-    ran.
-    """
-    lines = re.findall(r"^(\w+):", Path(hparams_file).read_text(encoding="utf-8"), re.MULTILINE)
-    given = {name: run_opts[name] for name in lines if name in run_opts.overridden_args}
-    return "\n".join([overrides, yaml.safe_dump(given) if given else ""]).strip()
 
 
 def prepare_manifests(hparams):
@@ -186,10 +174,11 @@ def finish(hparams, brain):
         hparams["after_training"](hparams, pretrained)
 
 
-def pretrain(hparams, hparams_file, run_opts, overrides):
+def pretrain(hparams, recipe, run_opts):
     """The whole run, in an output folder that nobody else works in."""
     with full_disk_named(hparams["output_folder"]):
-        sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
+        sb.create_experiment_directory(hparams["output_folder"])
+    run_on_main(write_text, [Path(hparams["output_folder"]) / "hyperparams.yaml", recipe])
 
     if hparams["online_probe_csv"] is not None:
         from speechbrain_jepa.evaluation.online_probe import OnlineProbe
@@ -234,10 +223,10 @@ if __name__ == "__main__":
     if not torch.cuda.is_available():
         given = run_opts.overridden_args | {"distributed_backend"}
         run_opts = replace(run_opts, distributed_backend="gloo", overridden_args=given)
-    overrides = add_run_options(overrides, run_opts, hparams_file)
+    given = {name: run_opts[name] for name in run_opts.overridden_args}
+    recipe = resolve_recipe(hparams_file, overrides, given)
     sb.utils.distributed.ddp_init_group(run_opts)
-    with open(hparams_file, encoding="utf-8") as file:
-        hparams = load_hyperpyyaml(file, overrides)
+    hparams = load_hyperpyyaml(recipe)
     with contextlib.ExitStack() as stack:
         if if_main_process():
             stack.enter_context(
@@ -248,4 +237,4 @@ if __name__ == "__main__":
                 )
             )
             hparams["checkpointer"].remove_leftovers()
-        pretrain(hparams, hparams_file, run_opts, overrides)
+        pretrain(hparams, recipe, run_opts)

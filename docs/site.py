@@ -19,6 +19,7 @@ MODULES = (
     "losses",
     "schedules",
     "jepa",
+    "checkpointer",
     "brain",
     "monitors",
     "hear",

@@ -13,7 +13,7 @@ COMMANDS = {
 
 
 def usage() -> str:
-    """What the program says of itself."""
+    """The commands, a line each."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {text}" for name, text in COMMANDS.items()]
     return "\n".join(("usage: speechbrain-jepa COMMAND [--help] ...", "", *lines))

@@ -1,9 +1,7 @@
 """The pretraining loop as a SpeechBrain Brain: it moves data and steps, and owns no model code."""
 
-import logging
 import os
 import platform
-import shutil
 from pathlib import Path
 
 import speechbrain as sb
@@ -11,19 +9,15 @@ import torch
 import yaml
 from speechbrain.core import AMPConfig
 from speechbrain.utils.checkpoints import (
-    CKPT_PREFIX,
-    METAFNAME,
-    Checkpoint,
-    Checkpointer,
     mark_as_loader,
     mark_as_saver,
     register_checkpoint_hooks,
 )
-from speechbrain.utils.distributed import ddp_barrier, if_main_process, main_process_only
+from speechbrain.utils.distributed import if_main_process, main_process_only
 from speechbrain.utils.logger import get_logger
 
 from speechbrain_jepa.attention import choose_backend
-from speechbrain_jepa.files import PARTIAL, full_disk_named, remove_partials, sync
+from speechbrain_jepa.files import full_disk_named
 from speechbrain_jepa.masking import PatchMasks
 from speechbrain_jepa.monitors import (
     CollapseAlarm,
@@ -48,7 +42,7 @@ TRAIN_COLUMNS = (
     "memory_gib",
     "nonfinite_steps",
 )
-# what oneDNN can be held to (ONEDNN_MAX_CPU_ISA) that multiplies bfloat16 natively
+# values of ONEDNN_MAX_CPU_ISA that leave oneDNN an instruction set with bfloat16 products
 NATIVE_BF16_ISA = ("DEFAULT", "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX")
 VALID_COLUMNS = ("loss", "target_deviation", "embedding_deviation", "embedding_rank")
 
@@ -80,78 +74,6 @@ def _cpu_multiplies_bf16() -> bool:
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "DEFAULT"
     allowed = limit.upper() in NATIVE_BF16_ISA or limit.upper().startswith("AVX10")
     return allowed and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-class AtomicCheckpointer(Checkpointer):
-    """SpeechBrain's checkpointer, whose checkpoints appear under their name only when complete.
-
-    The original writes CKPT.yaml, its sign of a checkpoint, before the parameters, so a process
-    killed in between leaves one that recovery picks and cannot load. Here a checkpoint is written
-    under another prefix, which recovery ignores, and renamed at the end.
-    """
-
-    def save_checkpoint(self, meta=None, end_of_epoch=True, name=None, verbosity=logging.INFO):
-        """As in the base class; a full disk is said by name, and gets its space back."""
-        self.remove_leftovers()
-        try:
-            with full_disk_named(self.checkpoints_dir):
-                partial = super().save_checkpoint(meta or {}, end_of_epoch, name, logging.DEBUG)
-                ddp_barrier()  # every process writes its epoch counter
-                if partial is not None:  # on the main process
-                    for file in partial.path.iterdir():
-                        sync(file)
-        except (OSError, RuntimeError):
-            self.remove_leftovers()
-            raise
-        final = self._move_into_place(partial, verbosity)
-        ddp_barrier()  # nobody looks for checkpoints before the new one is there
-        return final
-
-    def remove_leftovers(self) -> None:
-        """Remove what killed processes left: unfinished checkpoints, and half-deleted ones.
-
-        A half-deleted checkpoint lacks its CKPT.yaml, or is older than the newest and lacks a
-        file that the newest has.
-        """
-        if not if_main_process():
-            return
-        remove_partials(self.checkpoints_dir)
-        newest = self.find_checkpoint()
-        needed = {METAFNAME}
-        if newest is not None:
-            needed |= {path.name for path in newest.paramfiles.values()}
-        for folder in self.checkpoints_dir.glob(f"{CKPT_PREFIX}+*/"):
-            if needed - {path.name for path in folder.iterdir()}:
-                shutil.rmtree(folder)
-
-    @main_process_only
-    def delete_checkpoints(self, *args, **kwargs):
-        """As in the base class, but on the main process alone.
-
-        There every process looks for itself and all wait for each other once for each checkpoint
-        found: a deadlock, where one looks after another has deleted.
-        """
-        super().delete_checkpoints(*args, **kwargs)
-
-    def _move_into_place(self, partial: Checkpoint | None, verbosity: int) -> Checkpoint | None:
-        if partial is None:  # not the main process
-            return None
-        final = partial.path.with_name(partial.path.name.removeprefix(PARTIAL))
-        if final.exists():  # a checkpoint saved again under a custom name
-            shutil.rmtree(final)
-        partial.path.rename(final)
-        logger.log(verbosity, f"Saved a checkpoint in {final}")
-        paramfiles = {name: final / path.name for name, path in partial.paramfiles.items()}
-        return partial._replace(path=final, paramfiles=paramfiles)
-
-    def _new_checkpoint_dirpath(self):
-        return self._partial(super()._new_checkpoint_dirpath())
-
-    def _custom_checkpoint_dirpath(self, name):
-        return self._partial(super()._custom_checkpoint_dirpath(name))
-
-    def _partial(self, path: Path) -> Path:
-        return path.with_name(PARTIAL + path.name)
 
 
 @register_checkpoint_hooks
@@ -304,7 +226,7 @@ class JEPABrain(sb.Brain):
             poison = 0 * loss.detach()
             if (self.step - 1) % self.grad_accumulation_factor == 0:
                 # not right after the step: memory that is free for a whole forward pass goes back
-                # to the system, and comes again page by page, which costs a tenth of a small step
+                # to the system, and comes again page by page: 658 against 625 ms of ViT-Tiny's step
                 self.optimizer.zero_grad()
             self.scaler.scale(loss / self.grad_accumulation_factor + poison * loss).backward()
         if should_step:

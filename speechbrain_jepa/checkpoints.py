@@ -1,7 +1,7 @@
 """The pretrained folder: how an encoder is kept, exchanged and found again.
 
     config.json         format version, encoder, features, normalisation, how it was trained
-    model.safetensors   the encoder's parameters, float32
+    model.safetensors   the encoder's parameters, float32 or (--half) float16
     hyperparams.yaml    for SpeechBrain's from_hparams; nothing here reads it
     README.md           model card
 
@@ -50,6 +50,9 @@ EXPERIMENT_CONFIG = "encoder_config.json"  # config.json's content, written when
 EXPERIMENT_SAVE = "save"  # SpeechBrain's checkpoints, CKPT+<when>
 EXPERIMENT_STATE = "jepa.ckpt"  # state dict of the JEPA in each of them
 ENCODERS = {"context": "context_encoder.", "target": "target_encoder."}
+
+WEIGHTS_FOLDER = Path(__file__).parent / "weights"  # pretrained folders that come with the package
+DEFAULT_ENCODER = "tiny"  # of them
 
 # what `LogMelSpectrogram` computes; a folder that asks for anything else cannot be loaded
 FEATURES = {
@@ -157,7 +160,7 @@ def save_pretrained(
     return _write_folder(folder, describe(encoder, normalization, training or {}), encoder)
 
 
-def export_experiment(experiment_folder, out, which: str = "context") -> Path:
+def export_experiment(experiment_folder, out, which: str = "context", half: bool = False) -> Path:
     """Write the newest checkpoint of an experiment as a pretrained folder.
 
     Arguments
@@ -168,6 +171,9 @@ def export_experiment(experiment_folder, out, which: str = "context") -> Path:
         The pretrained folder to write.
     which : str
         "context", the encoder that the paper evaluates, or "target", its moving average.
+    half : bool
+        Write the parameters as float16: half the size. They are float32 again when loaded.
+        Default False.
 
     Returns
     -------
@@ -176,14 +182,14 @@ def export_experiment(experiment_folder, out, which: str = "context") -> Path:
     """
     config, path, weights = _read_experiment(Path(experiment_folder), which)
     encoder, _ = _build(config, path, weights)  # what cannot be loaded is not exported
-    return _write_folder(out, config, encoder)
+    return _write_folder(out, config, encoder, torch.float16 if half else torch.float32)
 
 
-def _write_folder(folder, config: dict, encoder: Encoder) -> Path:
+def _write_folder(folder, config: dict, encoder: Encoder, dtype=torch.float32) -> Path:
     folder = Path(folder)
     _check_replaceable(folder)
     state = {
-        name: tensor.detach().to("cpu", torch.float32).contiguous()
+        name: tensor.detach().to("cpu", dtype).contiguous()
         for name, tensor in encoder.state_dict().items()
     }
     parameters = sum(tensor.numel() for tensor in state.values())
@@ -199,7 +205,7 @@ def _write_folder(folder, config: dict, encoder: Encoder) -> Path:
 def _save_safetensors(state: dict, path: Path) -> None:
     try:
         save_file(state, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # what it says of a full disk is no OSError
+    except SafetensorError as error:  # raised for a full disk too, and no OSError
         raise OSError(errno.EIO, str(error)) from error
 
 
@@ -230,9 +236,10 @@ def load_pretrained(
 
     Arguments
     ---------
-    source : str or Path
-        A pretrained folder, an experiment folder (its newest complete checkpoint is taken), or a
-        Hugging Face repo id.
+    source : str, Path or None
+        A pretrained folder, an experiment folder (its newest complete checkpoint is taken), a
+        Hugging Face repo id, or the name of an encoder that comes with the package (see
+        `packaged_encoders`). None: "tiny".
     save_path : str or Path or None
         Where a Hugging Face repo is cached. None: huggingface_hub's own cache.
     which : str
@@ -260,6 +267,11 @@ def load_pretrained(
     return *_build(config, path, weights), config
 
 
+def packaged_encoders() -> dict[str, Path]:
+    """The encoders that come with the package, by name. A folder of that name goes before them."""
+    return {path.parent.name: path.parent for path in sorted(WEIGHTS_FOLDER.glob(f"*/{CONFIG}"))}
+
+
 def find_folder(source, save_path=None, **hub_options) -> Path:
     """The local folder behind `source`, downloaded if it is a Hugging Face repo id.
 
@@ -274,15 +286,25 @@ def find_folder(source, save_path=None, **hub_options) -> Path:
     -------
     Path
     """
+    packaged = packaged_encoders()
+    if source is None:
+        if DEFAULT_ENCODER not in packaged:
+            raise FileNotFoundError(
+                "no encoder comes with this version: give a pretrained folder, an experiment "
+                "folder or a Hugging Face repo id"
+            )
+        return packaged[DEFAULT_ENCODER]
     try:
         folder = Path(source).expanduser()
         is_folder, exists = folder.is_dir(), folder.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # no name that a file system takes
+    except (OSError, RuntimeError, ValueError) as error:  # a string that cannot be a path
         raise FileNotFoundError(f"{short(str(source))}: no such folder ({error})") from error
     if is_folder:
         return folder
     if exists:
         raise FileNotFoundError(f"{source} is a file: give the pretrained folder that holds it")
+    if str(source) in packaged:
+        return packaged[str(source)]
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         raise FileNotFoundError(
             f"{source}: no such folder; give a pretrained folder, an experiment folder or a "
@@ -350,7 +372,7 @@ def _build(config: dict, path: Path, weights: Weights) -> tuple[Encoder, Normali
 
 
 def _read_experiment(folder: Path, which: str) -> tuple[dict, Path, Weights]:
-    """The same of one encoder in the newest complete checkpoint."""
+    """As `_read_folder`, of one encoder in the newest complete checkpoint."""
     if which not in ENCODERS:
         raise ValueError(f"which={which!r}: choose one of {', '.join(ENCODERS)}")
     path = folder / EXPERIMENT_CONFIG
@@ -393,7 +415,7 @@ def newest_checkpoint(experiment_folder) -> tuple[Path, dict]:
     for folder in save.glob("CKPT+*"):
         try:
             meta = yaml.safe_load((folder / "CKPT.yaml").read_text(encoding="utf-8"))
-        except Exception:  # an unfinished one; a damaged yaml raises anything but YAMLError too
+        except Exception:  # unfinished; a damaged yaml can raise other errors than YAMLError
             continue
         is_complete = isinstance(meta, dict) and (folder / EXPERIMENT_STATE).is_file()
         if is_complete and _is_finite(meta.get("unixtime")):

@@ -6,19 +6,17 @@ docs/convert.md says what is mapped and what is not.
 """
 
 import argparse
-import pickle
 import re
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from speechbrain_jepa.checkpoints import save_pretrained
 from speechbrain_jepa.features import N_MELS, SAMPLE_RATE, Normalization
 from speechbrain_jepa.files import FolderInUse
+from speechbrain_jepa.pickled import read_checkpoint, state_dict
 from speechbrain_jepa.untrusted import (
     Weights,
     build_encoder,
@@ -27,13 +25,11 @@ from speechbrain_jepa.untrusted import (
     checked_normalization,
     encoder_shapes,
     is_plain,
-    reason,
     short,
 )
 from speechbrain_jepa.vit import Encoder, PatchGrid
 
 HEAD_DIM = 64  # of every timm ViT from tiny to large
-WRAPPERS = ("model", "state_dict")  # where a training checkpoint keeps the parameters
 PATCH_EMBED = "patch_embed.proj.weight"
 QKV = "blocks.0.attn.qkv.weight"
 # M2D's names of weights: input size, patch size and, where it is not 16k, the sample rate
@@ -111,7 +107,7 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was done.
+    """What was found in a checkpoint, and where the encoder was written.
 
     Arguments
     ---------
@@ -207,7 +203,7 @@ def convert(
     kind, path = FAMILIES[family], Path(checkpoint)
     contents = read_checkpoint(path, unsafe)
     try:
-        state = _state_dict(contents)
+        state = state_dict(contents)
         prefix = _find_prefix(state, kind) if prefix is None else prefix
         grid = _grid(state, prefix, kind, path, input_size, patch_size)
         settings = _settings(state, prefix, kind, grid, num_heads, norm_eps)
@@ -231,62 +227,7 @@ def convert(
     return Conversion(folder, prefix, encoder, normalization, dict(unused))
 
 
-# Reading
-
-
-def read_checkpoint(path, unsafe: bool = False) -> dict:
-    """The content of a checkpoint, on the CPU, without running code from it unless `unsafe`.
-
-    Besides tensors and plain values, `argparse.Namespace` is read, as training scripts of this
-    family keep their options in one, and omegaconf's lists and dicts, which Hydra leaves in an
-    optimiser's state; for these stands a class that keeps what it is given and does nothing.
-
-    Arguments
-    ---------
-    path : str or Path
-    unsafe : bool
-        Unpickle whatever it holds.
-
-    Returns
-    -------
-    dict
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-    ValueError
-        If it is no checkpoint, is damaged, or needs `unsafe`.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; give the checkpoint itself")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace, *HYDRA]):
-            contents = torch.load(path, map_location="cpu", weights_only=not unsafe)
-    except Exception as error:  # torch.load has no common base for what a damaged file raises
-        needs = re.search(r"GLOBAL (\S+)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and needs:
-            raise ValueError(
-                f"{path} was not read: it asks for {needs[1]}, and to obey can run any code. If "
-                "you trust whoever made the file, add --unsafe"
-            ) from error
-        raise ValueError(f"{path} is not a checkpoint, or is damaged ({reason(error)})") from error
-    if not isinstance(contents, Mapping):
-        raise ValueError(f"{path} holds a {type(contents).__name__}, not a dict of parameters")
-    return contents
-
-
-def _state_dict(contents: Mapping) -> dict[str, Tensor]:
-    """The tensors by name, without the prefix that torch.compile puts in between."""
-    inner = next((contents[key] for key in WRAPPERS if isinstance(contents.get(key), Mapping)), {})
-    state = {}
-    for name, tensor in (inner or contents).items():
-        if isinstance(name, str) and isinstance(tensor, Tensor):
-            if tensor.is_nested or tensor.layout != torch.strided:
-                raise ValueError(f"{short(name)} is a {tensor.layout} tensor, not a dense one")
-            state[name.replace("_orig_mod.", "")] = tensor
-    return state
+# Which tensor is what
 
 
 def _normalization(stored) -> Normalization:
@@ -296,34 +237,6 @@ def _normalization(stored) -> Normalization:
     if not isinstance(stored, list | tuple) or len(stored) != 2:
         raise ValueError(f"norm_stats={short(stored)}: mean and deviation are needed, two numbers")
     return checked_normalization(dict(zip(("mean", "std"), stored, strict=True)))
-
-
-class _Kept:
-    """Stands for a class of omegaconf's, or a type named by one, and does nothing."""
-
-    def __init__(self, *args):
-        pass
-
-
-def _empty_dict(*args) -> dict:
-    return {}
-
-
-# what a pickled omegaconf.ListConfig or DictConfig asks for
-HYDRA = (
-    *((_Kept, f"omegaconf.{name}") for name in ("listconfig.ListConfig", "dictconfig.DictConfig")),
-    *((_Kept, f"omegaconf.base.{name}") for name in ("ContainerMetadata", "Metadata")),
-    *(
-        (_Kept, f"omegaconf.nodes.{name}Node")
-        for name in ("Any", "Boolean", "Bytes", "Float", "Integer", "Path", "String")
-    ),
-    *((_Kept, f"builtins.{name}") for name in ("bool", "dict", "float", "int", "list", "str")),
-    *((_Kept, f"typing.{name}") for name in ("Any", "Dict", "List", "Tuple")),
-    (_empty_dict, "collections.defaultdict"),
-)
-
-
-# Understanding
 
 
 def _find_prefix(state: dict[str, Tensor], kind: Family) -> str:
@@ -392,7 +305,7 @@ def _grid(state, prefix, kind, path, input_size, patch_size) -> PatchGrid:
             )
         input_size, patch_size = input_size or sizes[:2], patch_size or sizes[2:]
     stated, stated_patch = input_size or (N_MELS, frames), tuple(patch_size or patch)
-    # frames that fill no patch were never seen: 1001 are 62 patches of 16
+    # frames that fill no patch were never encoded: 1001 frames are 62 patches of 16
     if stated_patch != patch or stated[0] != N_MELS or stated[1] // patch[1] != time_patches:
         raise ValueError(
             f"input {_times(stated)} with patches {_times(stated_patch)} does not fit the weights, "
@@ -482,7 +395,7 @@ def _encoder(settings: dict, state, names, path: Path) -> Encoder:
 
     def load() -> dict[str, Tensor]:
         loaded = {name: tensor.float() for name, tensor in tensors.items()}
-        if first is not None:  # its position is the first one
+        if first is not None:  # the first position is the class token's
             loaded["class_token"] = loaded["class_token"] + first[0].float()
         return loaded
 
@@ -490,7 +403,7 @@ def _encoder(settings: dict, state, names, path: Path) -> Encoder:
 
 
 def _beginning(name: str, prefix: str) -> str:
-    """Of a key, for counting: the prefix and the name behind it."""
+    """The prefix of a key and the name behind it, by which unused keys are counted."""
     behind = name.removeprefix(prefix)
     return name[: len(name) - len(behind)] + behind.split(".")[0]
 

@@ -21,7 +21,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ FORMATS = (".npz", ".npy", ".csv")
 LEVELS = ("clip", "frame")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 PART_BYTES = 64e6  # a part is put on the disk when it has grown to this size
-PART_SECONDS = 60.0  # or after so long: what an interruption may cost
+PART_SECONDS = 60.0  # or after so long: an interruption loses no more than this
 
 
 class Embeddings:
@@ -77,7 +77,7 @@ class Embeddings:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the output is the one that these parts have made: only they were not removed."""
+        """Whether the output was written from these parts, and only removing them is left."""
         marker = self.parts / "complete.json"
         return marker.exists() and self.out.exists() and _state(self.out) == marker.read_text()
 
@@ -101,7 +101,7 @@ class Embeddings:
             return
         files, rows = zip(*self.pending, strict=True)
         part = self.parts / f"part-{len(list(self.parts.glob('part-*.npz'))):06d}.npz"
-        arrays = {
+        arrays: dict[str, Any] = {
             "files": np.array(files),
             "rows": np.array([len(array) for array in rows]),
             "width": np.array(rows[0].shape[1]),
@@ -128,7 +128,7 @@ class Embeddings:
 
     def rows_of(self, files: list[str]) -> Iterator[tuple[str, np.ndarray]]:
         """Each file with its embeddings [rows, C], one part in memory at a time."""
-        loaded, embeddings = None, None
+        loaded, embeddings = None, np.empty((0, 0))
         for file in files:
             part, first, rows = self.place[file]
             if part != loaded:
@@ -193,7 +193,7 @@ class Embeddings:
         index.replace(self.out.with_suffix(".files.csv"))
 
     def _write_npz(self, path: Path, files: list[str], times) -> None:
-        arrays = {"files": np.array(files)}
+        arrays: dict[str, Any] = {"files": np.array(files)}
         if times is not None:
             counts = self._counts(files)
             arrays["rows"] = counts
@@ -224,7 +224,7 @@ def _table(path: Path, columns: list):
 
 
 def _state(path: Path) -> str:
-    """What a rename leaves as it is."""
+    """Size and modification time, which a rename keeps."""
     stat = path.stat()
     return json.dumps([stat.st_size, stat.st_mtime_ns])
 
@@ -316,7 +316,7 @@ def embed_files(
                 return done, skipped
         if out.exists():
             raise _exists(out)
-        skipped.path.unlink(missing_ok=True)  # what was broken is tried again
+        skipped.path.unlink(missing_ok=True)  # files that could not be read are tried again
         skipped = SkippedFiles(skipped.path)
         if not model.is_fitted:
             _fit(model, embeddings, files, num_workers)
@@ -376,7 +376,7 @@ def _embed(
         for batch in read_clips(left, batch_seconds, num_workers, skip):
             wav = batch.wav.to(device)
             if level == "clip":
-                rows = model.embed(wav, batch.wav_lens)[:, None].float().cpu().numpy()
+                rows = list(model.embed(wav, batch.wav_lens)[:, None].float().cpu().numpy())
             else:
                 steps = model.num_steps((batch.wav_lens * wav.shape[1]).round().long())
                 frames = model(wav, batch.wav_lens).float().cpu().numpy()
@@ -393,8 +393,12 @@ def main(arguments=None) -> None:
         description="Embed audio files; started again after an interruption, it goes on.",
     )
     add = parser.add_argument
-    add("encoder", help="pretrained folder, experiment folder or Hugging Face repo id")
-    add("audio", nargs="+", help="audio files, and folders to search")
+    add(
+        "encoder",
+        help="pretrained folder, experiment folder, Hugging Face repo id, or name of an encoder "
+        "that comes with the package; may be left out where audio is a single file or folder",
+    )
+    add("audio", nargs="*", help="audio files, and folders to search")
     add("--out", required=True, help="output file: .npz, .npy or .csv")
     add("--level", choices=LEVELS, default="clip", help="one embedding a file or a time step")
     add("--flat", action="store_true", help="average frequency patches, not concatenate")
@@ -404,6 +408,8 @@ def main(arguments=None) -> None:
     add("--batch_seconds", type=float, default=BATCH_SECONDS, help="of audio at once")
     add("--num_workers", type=int, default=2, help="decoding threads")
     options = parser.parse_args(arguments)
+    if not options.audio:
+        options.encoder, options.audio = None, [options.encoder]
     try:
         files = find_audio(options.audio)
         model = AudioJEPA(

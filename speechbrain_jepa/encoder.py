@@ -3,11 +3,9 @@
 Shapes: B clips, W windows of all of them, F frequency and T time patches, D dims, L = 1 + depth
 layers; C = F * D dims of a time step, or D with `flat`.
 
-A clip of n samples has ceil(n / 160) frames, those centred inside it, from the log-mel of the clip
-alone (reflected at its own two ends), and T = ceil(n / downsample_rate) time steps: every time
-patch that begins inside it. The frames that the last patch lacks are digital silence, as in
-pretraining. The T patches are cut into windows of the training length, each encoded on its own;
-the last one has as many patches as are left. So nothing of a clip's output depends on the batch.
+A clip of n samples has T = ceil(n / downsample_rate) time steps. It is cut into windows of the
+training length (`speechbrain_jepa.windows`), each encoded on its own, so that nothing of its
+output depends on the batch.
 """
 
 import copy
@@ -15,7 +13,6 @@ import logging
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -24,20 +21,12 @@ from torch.utils.checkpoint import checkpoint
 
 from speechbrain_jepa.attention import check_attention
 from speechbrain_jepa.checkpoints import load_pretrained, save_pretrained
-from speechbrain_jepa.features import (
-    HOP_LENGTH,
-    LOG_OFFSET,
-    N_FFT,
-    SAMPLE_RATE,
-    LogMelSpectrogram,
-    crop_samples,
-)
+from speechbrain_jepa.features import HOP_LENGTH, SAMPLE_RATE, LogMelSpectrogram
+from speechbrain_jepa.windows import WindowBatch, Windows, cut_into_windows
 
 logger = logging.getLogger(__name__)
 
 NORMALIZATIONS = ("pretraining", "dataset", "instance")
-MARGIN = N_FFT // 2  # samples that a frame needs on each side of its centre
-SILENCE = math.log(LOG_OFFSET)  # log-mel of zeros
 OUTPUT_NORM_EPS = 1e-5  # as in torch's layer norm
 INSTANCE_STD_FLOOR = 1e-5  # for clips of constant sound
 # arguments of SpeechBrain's Hugging Face interfaces that mean nothing here
@@ -62,9 +51,10 @@ class AudioJEPA(nn.Module):
 
     Arguments
     ---------
-    source : str, Path, or (Encoder, Normalization)
-        A pretrained folder, an experiment folder with checkpoints, a Hugging Face repo id, or the
-        two in memory, which are copied.
+    source : str, Path, None, or (Encoder, Normalization)
+        A pretrained folder, an experiment folder with checkpoints, a Hugging Face repo id, the
+        name of an encoder that comes with the package, or the two in memory, which are copied.
+        Default None: the package's "tiny".
     save_path : str or Path or None
         Where a Hugging Face repo is cached. Default: huggingface_hub's own cache.
     output_norm : bool
@@ -120,7 +110,7 @@ class AudioJEPA(nn.Module):
 
     def __init__(
         self,
-        source,
+        source=None,
         save_path=None,
         output_norm=False,
         freeze=True,
@@ -253,8 +243,8 @@ class AudioJEPA(nn.Module):
             If the shape is another, or a clip is empty or holds NaN or infinity.
         """
         with self._grad_mode():
-            clips = self._clips(wav, wav_lens)
-            out = self._over_windows(clips, lambda steps: steps, clips.window_steps)
+            clips = self._cut(wav, wav_lens)
+            out = self._over_windows(clips, lambda steps: steps, clips.longest)
             out = out.flatten(-3, -2)[..., : clips.num_steps, :].contiguous()
             return self._normalize(out, clips.steps) if self.output_norm else out
 
@@ -274,12 +264,12 @@ class AudioJEPA(nn.Module):
         Tensor [B, C], or [L, B, C] with `output_all_hiddens`, float32
         """
         with self._grad_mode():
-            clips = self._clips(wav, wav_lens)
+            clips = self._cut(wav, wav_lens)
             sums = self._over_windows(clips, _step_sums, steps=1).sum((-3, -2))
             sums = sums / clips.steps.to(wav.device)[:, None]
             mean, square = sums[..., :-1], sums[..., -1:]
             if self.output_norm:
-                # normalising is the same map for every time step, so the mean goes through it
+                # normalising is one affine map for all time steps: it can be applied to their mean
                 center = mean.mean(-1, keepdim=True)
                 variance = square / mean.shape[-1] - center.square()
                 mean = (mean - center) * (variance + OUTPUT_NORM_EPS).rsqrt()
@@ -316,8 +306,8 @@ class AudioJEPA(nn.Module):
         count = total = squares = 0.0
         seen = 0
         for wav, wav_lens in _batches(source, max_clips, num_workers):
-            clips = self._clips(wav.to(self.normalization.mean.device), wav_lens)
-            sums = self._log_mel_sums(clips).sum(1).tolist()
+            clips = self._cut(wav.to(self.normalization.mean.device), wav_lens)
+            sums = clips.log_mel_sums(self.features).sum(1).tolist()
             count, total, squares = count + sums[0], total + sums[1], squares + sums[2]
             seen += len(wav)
             if seen >= max_clips:
@@ -351,109 +341,45 @@ class AudioJEPA(nn.Module):
     def _grad_mode(self):
         return torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze)
 
-    def _clips(self, wav: Tensor, wav_lens: Tensor | None) -> "_Clips":
-        """Check a batch and plan its windows."""
-        if wav.dim() != 2 or not wav.is_floating_point():
-            raise ValueError(
-                f"expected waveforms [B, samples] of floats, got {wav.dtype} of shape "
-                f"{tuple(wav.shape)}: average channels, add a batch axis with unsqueeze(0), "
-                "divide int16 by 32768"
-            )
-        batch, width = wav.shape
-        if wav_lens is None:
-            wav_lens = torch.ones(batch)
-        if wav_lens.shape != (batch,):
-            raise ValueError(f"wav_lens has shape {tuple(wav_lens.shape)}, not ({batch},)")
-        relative = wav_lens.detach().cpu().double()
-        lengths = (relative * width).round()
-        inside = torch.arange(width, device=wav.device) < lengths.long().to(wav.device)[:, None]
-        finite = (wav.isfinite() | ~inside).all(1).cpu()
-        for wrong, what in (
-            (~((relative >= 0) & (relative <= 1 + 1e-6)), "has a wav_lens outside 0 to 1"),
-            (lengths < 1, "is empty"),
-            (~finite, "holds NaN or infinite samples"),
-        ):
-            if wrong.any():
-                clip = int(wrong.nonzero()[0])
-                raise ValueError(
-                    f"clip {clip} (from 0) of {batch} {what} (wav_lens={relative[clip]:g} of "
-                    f"{width} samples)"
-                )
-        if batch == 0:
-            raise ValueError(f"the batch of shape {tuple(wav.shape)} has no clip")
-        samples = lengths.long().clamp(max=width)
-        steps, num_steps = self.num_steps(samples), self.num_steps(width)
-        window = self.encoder.grid.time_patches
-        num_windows, window_steps = -(-num_steps // window), min(num_steps, window)
-        whole = num_windows * window_steps * self.downsample_rate
-        return _Clips(
-            padded=_reflect_ends(wav.float(), samples, whole),
-            samples=samples,
-            steps=steps,
-            num_steps=num_steps,
-            num_windows=num_windows,
-            window_steps=window_steps,
-            chunks=list(_chunks(steps, window, self.max_windows_per_batch)),
-        )
+    def _cut(self, wav: Tensor, wav_lens: Tensor | None) -> Windows:
+        return cut_into_windows(wav, wav_lens, self.encoder.grid, self.max_windows_per_batch)
 
-    def _log_mels(self, clips: "_Clips") -> Iterator[tuple["_Chunk", Tensor, Tensor]]:
-        """Windows of similar length with their log-mel [W, 80, frames] and what of it is audio."""
-        patch_time, device = self.encoder.grid.patch_time, clips.padded.device
-        hop = self.encoder.grid.time_patches * self.downsample_rate  # samples between windows
-        for chunk in clips.chunks:
-            frames = chunk.longest * patch_time
-            views = clips.padded.unfold(1, crop_samples(frames), hop)
-            clip, number = chunk.clip.to(device), chunk.number.to(device)
-            log_mel = self.features(views[clip, number], margins=True)
-            last = -(-clips.samples // HOP_LENGTH)[chunk.clip] - chunk.number * (hop // HOP_LENGTH)
-            audio = torch.arange(frames, device=device) < last.to(device)[:, None]
-            yield chunk, log_mel.masked_fill_(~audio[:, None], SILENCE), audio
-
-    def _log_mel_sums(self, clips: "_Clips") -> Tensor:
-        """Count, sum and sum of squares of each clip's log-mel: [3, B], float64."""
-        sums = clips.padded.new_zeros(3, len(clips.samples), dtype=torch.float64)
-        for chunk, log_mel, audio in self._log_mels(clips):
-            values = log_mel.double() * audio[:, None]
-            count = audio.sum(1) * log_mel.shape[1]
-            parts = torch.stack([count, values.sum((1, 2)), values.square().sum((1, 2))])
-            sums.index_add_(1, chunk.clip.to(sums.device), parts)
-        return sums
-
-    def _spectrograms(self, clips: "_Clips") -> Iterator[tuple["_Chunk", Tensor]]:
+    def _spectrograms(self, clips: Windows) -> Iterator[tuple[WindowBatch, Tensor]]:
         """Windows of similar length with their normalised spectrogram."""
         if self.normalize == "instance":
-            count, total, squares = self._log_mel_sums(clips)
+            count, total, squares = clips.log_mel_sums(self.features)
             mean = total / count
             std = (squares / count - mean.square()).clamp(min=0).sqrt()
             mean, std = mean.float(), std.float().clamp(min=INSTANCE_STD_FLOOR)
-            for chunk, log_mel, _ in self._log_mels(clips):
-                clip = chunk.clip.to(mean.device)
-                yield chunk, (log_mel - mean[clip, None, None]) / std[clip, None, None]
+            for windows, log_mel, _ in clips.log_mels(self.features):
+                clip = windows.clip.to(mean.device)
+                yield windows, (log_mel - mean[clip, None, None]) / std[clip, None, None]
             return
         self._check_fitted()
-        for chunk, log_mel, _ in self._log_mels(clips):
-            yield chunk, self.normalization(log_mel)
+        for windows, log_mel, _ in clips.log_mels(self.features):
+            yield windows, self.normalization(log_mel)
 
-    def _over_windows(self, clips: "_Clips", reduce, steps: int) -> Tensor:
+    def _over_windows(self, clips: Windows, reduce, steps: int) -> Tensor:
         """`reduce` of every window's output [..., W, T', C], at most `steps` long, at its place.
 
         Returns [..., B, windows, steps, what `reduce` leaves of C], zeros where there is nothing.
         """
         frequency_patches = self.encoder.grid.frequency_patches
-        out = None
-        for chunk, spectrogram in self._spectrograms(clips):
+        out: Tensor | None = None
+        for windows, spectrogram in self._spectrograms(clips):
             valid = None
-            if chunk.ragged:
-                present = torch.arange(chunk.longest) < chunk.patches[:, None]
+            if windows.ragged:
+                present = torch.arange(windows.longest) < windows.patches[:, None]
                 valid = present.repeat(1, frequency_patches).to(spectrogram.device)
             tokens = self.encoder(spectrogram, valid=valid, all_layers=self.output_all_hiddens)
             tokens = tokens.unflatten(-2, (frequency_patches, -1)).transpose(-3, -2)
             value = reduce(tokens.mean(-2) if self.flat else tokens.flatten(-2))
             if out is None:
-                shape = (len(clips.samples), clips.num_windows, steps, value.shape[-1])
+                shape = (len(clips.samples), clips.per_clip, steps, value.shape[-1])
                 out = value.new_zeros(*value.shape[:-3], *shape)
-            clip, number = chunk.clip.to(value.device), chunk.number.to(value.device)
+            clip, number = windows.clip.to(value.device), windows.number.to(value.device)
             out[..., clip, number, : value.shape[-2], :] = value
+        assert out is not None  # a batch has a clip, and a clip a window
         return out
 
     def _normalize(self, out: Tensor, steps: Tensor) -> Tensor:
@@ -464,57 +390,6 @@ class AudioJEPA(nn.Module):
         centered = (values - values.sum((-2, -1), keepdim=True) / count) * own
         variance = centered.square().sum((-2, -1), keepdim=True) / count
         return (centered * (variance + OUTPUT_NORM_EPS).rsqrt()).to(out.dtype)
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """Windows of similar length that are encoded together, longest first; all on the CPU."""
-
-    clip: Tensor  # [W], which clip each is from
-    number: Tensor  # [W], which of its clip's windows it is
-    patches: Tensor  # [W], time patches
-
-    @property
-    def longest(self) -> int:
-        return int(self.patches[0])
-
-    @property
-    def ragged(self) -> bool:
-        return bool(self.patches[0] != self.patches[-1])
-
-
-@dataclass(frozen=True)
-class _Clips:
-    """A checked batch."""
-
-    padded: Tensor  # [B, MARGIN + samples and more], each clip reflected at its two ends
-    samples: Tensor  # [B], on the CPU
-    steps: Tensor  # [B], time steps of each clip, on the CPU
-    num_steps: int  # T of the batch
-    num_windows: int  # of a clip of num_steps
-    window_steps: int  # of the longest window
-    chunks: list[_Chunk]
-
-
-def _chunks(steps: Tensor, window: int, limit: int) -> Iterator[_Chunk]:
-    """Cut clips of so many time steps into windows, and those into chunks of at most `limit`.
-
-    Whole windows stay among themselves: without padding, attention needs no mask. Of the others, a
-    chunk holds none shorter than half its longest.
-    """
-    windows = -(-steps // window)
-    clip = torch.repeat_interleave(windows)
-    number = torch.arange(len(clip)) - (windows.cumsum(0) - windows)[clip]
-    patches = (steps[clip] - number * window).clamp(max=window)
-    order = patches.argsort(descending=True, stable=True)
-    clip, number, patches = clip[order], number[order], patches[order]
-    start = 0
-    while start < len(clip):
-        longest = patches[start]
-        shortest = longest if longest == window else longest / 2
-        stop = min(int((patches >= shortest).sum()), start + limit)
-        yield _Chunk(clip[start:stop], number[start:stop], patches[start:stop])
-        start = stop
 
 
 def _batches(source, max_clips: int, num_workers: int) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -531,22 +406,6 @@ def _batches(source, max_clips: int, num_workers: int) -> Iterator[tuple[Tensor,
         return
     for batch in source:
         yield tuple(batch) if isinstance(batch, tuple | list) else (batch, None)
-
-
-def _reflect_ends(wav: Tensor, samples: Tensor, width: int) -> Tensor:
-    """Continue each clip [B, :samples] by MARGIN reflected samples at its two ends.
-
-    A clip shorter than that goes on being reflected, back and forth. Returns
-    [B, at least MARGIN + width + MARGIN]; the clip begins at MARGIN.
-    """
-    samples = samples.to(wav.device)[:, None]
-    margin = torch.arange(MARGIN, device=wav.device).expand(len(wav), -1)
-    place = torch.cat([margin - MARGIN, margin + samples], 1)
-    period = (2 * (samples - 1)).clamp(min=1)
-    phase = place.remainder(period)
-    reflected = wav.gather(1, torch.minimum(phase, period - phase))
-    padded = nn.functional.pad(wav, (MARGIN, width + MARGIN - wav.shape[1]))
-    return padded.scatter_(1, place + MARGIN, reflected)
 
 
 def _step_sums(steps: Tensor) -> Tensor:

@@ -21,10 +21,11 @@ def main(arguments=None) -> None:
         action="store_true",
         help="export the target encoder (the moving average) instead of the context encoder",
     )
+    parser.add_argument("--half", action="store_true", help="float16 parameters: half the size")
     options = parser.parse_args(arguments)
     which = "target" if options.target_encoder else "context"
     try:
-        folder = export_experiment(options.experiment_folder, options.out, which)
+        folder = export_experiment(options.experiment_folder, options.out, which, options.half)
     except (OSError, ValueError, FolderInUse) as error:
         raise SystemExit(f"export: {error}") from error
     print(f"{which} encoder written to {folder}")

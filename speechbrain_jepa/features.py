@@ -77,6 +77,9 @@ class LogMelSpectrogram(nn.Module):
     torch.Size([2, 80, 208])
     """
 
+    filterbank: Tensor
+    window: Tensor
+
     def __init__(self):
         super().__init__()
         self.register_buffer("filterbank", mel_filterbank(), persistent=False)
@@ -135,6 +138,9 @@ class Normalization(nn.Module):
     tensor([1.])
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, mean: float = 0.0, std: float = 1.0):
         super().__init__()
         self.register_buffer("mean", torch.zeros(()))
@@ -143,14 +149,14 @@ class Normalization(nn.Module):
 
     def set(self, mean: float, std: float) -> None:
         """Replace the pair in place."""
-        mean, std = torch.as_tensor(mean), torch.as_tensor(std)
-        if not (mean.isfinite() and std.isfinite() and std > 0):
+        center, scale = torch.as_tensor(mean), torch.as_tensor(std)
+        if not (center.isfinite() and scale.isfinite() and scale > 0):
             raise ValueError(
-                f"norm_mean={mean:g}, norm_std={std:g}: both must be finite and std positive; "
+                f"norm_mean={center:g}, norm_std={scale:g}: both must be finite and std positive; "
                 "silent or constant audio has no deviation to divide by"
             )
-        self.mean.fill_(mean)
-        self.std.fill_(std)
+        self.mean.fill_(center)
+        self.std.fill_(scale)
 
     def fit(self, spectrograms) -> "Normalization":
         """Measure the pair over an iterable of spectrograms [B, 80, frames], in float64."""

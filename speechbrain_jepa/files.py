@@ -22,11 +22,11 @@ import numpy as np
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
-HOLDER = ".lock-holder.json"  # who has it, for the message of those who do not get it
+HOLDER = ".lock-holder.json"  # which process holds the lock, for the message of the others
 PARTIAL = ".partial-"  # how the names of unfinished files and folders begin
 WRITING = ".writing-"  # how the names of folders begin in which another is written
 FULL = (errno.ENOSPC, errno.EDQUOT)
-LOW = 2**20  # bytes: a disk with less left is full, whatever the error that was raised says
+LOW = 2**20  # bytes: with less left, any write error is put down to a full disk
 CHILDREN_SECONDS = 30.0  # for the children of a killed process to end
 
 
@@ -126,7 +126,7 @@ def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
     (['config.json'], 1)
     """
     path = Path(os.path.abspath(path))
-    digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]  # of a name of any length
+    digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]  # as long for any name
     workplace = path.with_name(f"{WRITING}{digest}")
     new, old = workplace / "new", workplace / "old"
     fix = f"it is writing {path}: wait for it, or name another folder"
@@ -317,7 +317,9 @@ def folder_lock(folder: str | os.PathLike, fix: str, wait: float = 0.0) -> Itera
             time.sleep(0.1)
     try:
         remove_partials(folder)
-        with contextlib.suppress(OSError):  # a full disk: the lock holds without its holder's name
+        with contextlib.suppress(
+            OSError
+        ):  # on a full disk the lock holds all the same, without a name
             write_text(holder_file, json.dumps(_this_process()))
         yield
     finally:
@@ -346,7 +348,7 @@ def _read_holder(path: Path) -> dict:
 def _is_running(holder: dict) -> bool:
     """Whether the holder is a process that may still be at work."""
     if holder.get("host") != socket.gethostname():
-        return bool(holder)  # another machine's processes cannot be looked up
+        return bool(holder)  # processes of another machine cannot be looked up
     try:
         os.kill(int(holder["pid"]), 0)
     except ProcessLookupError:

@@ -29,7 +29,8 @@ def load_model(model_file_path: str = "", **options) -> HearModel:
     Arguments
     ---------
     model_file_path : str
-        A pretrained folder, an experiment folder or a Hugging Face repo id.
+        A pretrained folder, an experiment folder or a Hugging Face repo id. Default: the encoder
+        that comes with the package.
     **options
         For `AudioJEPA`: flat, normalization, max_windows_per_batch, attention, ...
 
@@ -39,10 +40,10 @@ def load_model(model_file_path: str = "", **options) -> HearModel:
 
     Raises
     ------
-    ValueError
-        If there is no path, as when a harness is run without one: no weights come with the package.
     FileNotFoundError
         If there is no such folder or repo.
+    ValueError
+        If an option does not fit.
 
     Example
     -------
@@ -61,15 +62,9 @@ def load_model(model_file_path: str = "", **options) -> HearModel:
     >>> embeddings.shape, timestamps[0, :3]
     (torch.Size([3, 13, 240]), tensor([ 75., 235., 395.]))
     """
-    if not str(model_file_path):
-        raise ValueError(
-            "speechbrain_jepa.hear has no weights of its own: name a pretrained folder, an "
-            "experiment folder or a Hugging Face repo id as the model "
-            "(hear-validator speechbrain_jepa.hear --model my_encoder)"
-        )
     if options.get("output_all_hiddens"):
         raise ValueError("output_all_hiddens=True: HEAR takes the embeddings of one layer only")
-    return HearModel(model_file_path, **options)
+    return HearModel(model_file_path if str(model_file_path) else None, **options)
 
 
 def get_scene_embeddings(audio: Tensor, model: HearModel) -> Tensor:
@@ -103,6 +98,6 @@ def get_timestamp_embeddings(audio: Tensor, model: HearModel) -> tuple[Tensor, T
         The centres of the time patches, in milliseconds.
     """
     embeddings = model(audio).float()
-    # whole milliseconds by construction: rounding takes back what seconds in float32 lost
+    # the centres are whole milliseconds: rounding removes the float32 error of the seconds
     milliseconds = (model.timestamps(embeddings.shape[1]) * 1000).round()
     return embeddings, milliseconds.to(embeddings.device).expand(len(embeddings), -1)

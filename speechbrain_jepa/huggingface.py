@@ -42,7 +42,9 @@ class AudioJEPAModel(PreTrainedModel):
         self.encoder = encoder
 
     @classmethod
-    def from_pretrained(cls, source, *, config=None, cache_dir=None, **ignored) -> "AudioJEPAModel":
+    def from_pretrained(  # type: ignore[override]  # no argument of pickled weights
+        cls, source, *, config=None, cache_dir=None, **ignored
+    ) -> "AudioJEPAModel":
         """Load a folder or Hugging Face repo with `speechbrain_jepa.checkpoints`, not by pickle."""
         encoder = AudioJEPA(source, save_path=cache_dir, freeze=False, output_all_hiddens=True)
         return cls(config or AudioJEPAConfig(**encoder.description), encoder).eval()

@@ -26,7 +26,8 @@ class NamedTensor(Tensor):
     (torch.Size([1, 7, 240]), <class 'torch.Tensor'>)
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    # torch's own way to have operations give plain tensors; its stubs expect a method
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __getitem__(self, key):
         return self.as_subclass(Tensor) if key == "embeddings" else super().__getitem__(key)
@@ -55,6 +56,10 @@ class PretrainedAudioJEPA(nn.Module):
 
     def forward(self, wav: Tensor, wav_lens: Tensor | None = None) -> NamedTensor:
         """As `AudioJEPA.forward`, or `AudioJEPA.embed` with `clip_level`."""
+        if self.model is None:
+            raise RuntimeError(
+                "no encoder has been loaded: call load(folder), as from_hparams does"
+            )
         encode = self.model.embed if self.clip_level else self.model
         return encode(wav, wav_lens).as_subclass(NamedTensor)
 

@@ -17,6 +17,7 @@ from speechbrain_jepa.vit import Encoder, Predictor
 
 TARGET_DOMAINS = ("audio", "latent")
 TARGET_NORM_EPS = 1e-6
+UPDATED_AT_ONCE = 2**20  # weights: few enough to stay in a CPU's cache over the update's six passes
 
 
 @dataclass
@@ -187,11 +188,27 @@ class JEPA(nn.Module):
         At a rate of 0.99999 a weight 0.2 % away moves by 2e-8 of its size, which float32 rounds to
         nothing. What is rounded off is kept and added with the next update (Kahan, 1965).
         """
-        target = list(self.target_encoder.parameters())
-        rest = list(self.target_rest)
-        scratch = torch._foreach_sub(list(self.context_encoder.parameters()), target)
-        torch._foreach_add_(rest, scratch, alpha=1 - rate)
-        torch._foreach_copy_(scratch, target)
-        torch._foreach_add_(target, rest)
-        torch._foreach_sub_(scratch, target)  # minus what arrived, exactly
-        torch._foreach_add_(rest, scratch)
+        triples = zip(
+            self.target_encoder.parameters(), self.target_rest, self.context_encoder.parameters()
+        )
+        for group in _grouped(triples):
+            target, rest, context = map(list, zip(*group))
+            scratch = torch._foreach_sub(context, target)
+            torch._foreach_add_(rest, scratch, alpha=1 - rate)
+            torch._foreach_copy_(scratch, target)
+            torch._foreach_add_(target, rest)
+            torch._foreach_sub_(scratch, target)  # minus what arrived, exactly
+            torch._foreach_add_(rest, scratch)
+
+
+def _grouped(rows, values: int = UPDATED_AT_ONCE):
+    """Rows of tensors in groups whose first tensors hold about so many values together."""
+    group, held = [], 0
+    for row in rows:
+        group.append(row)
+        held += row[0].numel()
+        if held >= values:
+            yield group
+            group, held = [], 0
+    if group:
+        yield group

@@ -73,7 +73,7 @@ class PatchMasks:
         """
         counts = torch.stack([context.sum(1), target.sum(1)])
         sizes = torch.stack([counts.amin(1), counts.amax(1), counts.sum(1)], 1)
-        of_context, of_target = sizes.tolist()  # all that the host has to know, in one wait
+        of_context, of_target = sizes.tolist()  # all that the CPU needs, in one synchronisation
         context_index, context_valid = _indices(context, counts[0], *of_context[:2])
         target_index, target_valid = _indices(target, counts[1], *of_target[:2])
         joint_valid = join_valid(target_index, target_valid, context_index, context_valid)

@@ -1,4 +1,4 @@
-"""What tells a healthy pretraining run from a collapsing one, and where it is written down."""
+"""Monitors of a pretraining run: effective rank, deviations, the collapse alarm, metrics.csv."""
 
 import csv
 import math
@@ -57,12 +57,12 @@ class PatchStatistics:
 
     def __init__(self, num_patches: int):
         self.count = torch.zeros(num_patches, 1, dtype=torch.float64)
-        self.total = self.squares = None
+        self.total = self.squares = torch.zeros(num_patches, 0)  # D is known from the first rows
 
     def add(self, rows: Tensor, index: Tensor) -> None:
         """Representations [..., D] of the patches `index` [...]."""
         rows, index = rows.flatten(0, -2).double().cpu(), index.flatten().cpu()
-        if self.total is None:
+        if not self.total.numel():
             self.total, self.squares = torch.zeros(2, len(self.count), rows.shape[1]).double()
         self.count.index_add_(0, index, torch.ones(len(index), 1, dtype=torch.float64))
         self.total.index_add_(0, index, rows)
@@ -81,8 +81,8 @@ class PatchStatistics:
 class CollapseAlarm:
     """Notices a rank or deviation that falls under a share of its first value.
 
-    A rank never falls under 1 and a deviation never under 0, so a value that starts at its least
-    cannot fall: of one validation clip both do.
+    A rank is at least 1 and a deviation at least 0, so a value that starts there cannot fall: both
+    do with a single validation clip.
 
     Arguments
     ---------
@@ -134,7 +134,7 @@ class Interval:
         self.restart()
 
     def restart(self) -> None:
-        """From nothing."""
+        """Begin with empty sums."""
         self.clips = self.steps = self.finite = 0
         self.waited = self.elapsed = 0.0
         self.losses: dict[str, float] = {}
@@ -142,12 +142,12 @@ class Interval:
         self.resume()
 
     def resume(self) -> None:
-        """From the sums as they are: the time since they were saved does not count."""
+        """Go on with the sums as they are: the time since they were saved does not count."""
         self.idle_since = time.perf_counter()
         self.began = self.idle_since - self.elapsed
 
     def batch_arrived(self) -> None:
-        """The next batch is there: what passed since the last was done was waiting."""
+        """The next batch is there: the time since the last one was done was spent waiting."""
         self.waited += time.perf_counter() - self.idle_since
 
     def batch_done(self, clips: int, **losses: float) -> None:
@@ -234,7 +234,7 @@ class MetricsTable:
     def drop_after(self, step: int) -> None:
         """Forget what was logged after `step`: a resumed run logs it again."""
         rows = self.read()
-        # a column that this run has not (an online probe taken off) stays
+        # columns that this run lacks (the online probe's, say) stay
         self.columns += [name for name in (rows[0] if rows else ()) if name not in self.columns]
         self._rewrite([row for row in rows if int(row["step"]) <= step])
 

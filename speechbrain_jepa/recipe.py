@@ -19,7 +19,11 @@ RECIPE = "recipe"
 INCLUDE = "!include:"
 
 
-def resolve_recipe(path: str | os.PathLike, overrides: str | Mapping | None = None) -> str:
+def resolve_recipe(
+    path: str | os.PathLike,
+    overrides: str | Mapping | None = None,
+    run_options: Mapping | None = None,
+) -> str:
     """A recipe with its overrides and references filled in, as one yaml.
 
     Arguments
@@ -27,7 +31,10 @@ def resolve_recipe(path: str | os.PathLike, overrides: str | Mapping | None = No
     path : str or path
         A yaml in hyperpyyaml's syntax, or a variant of one (or of a variant).
     overrides : str or dict
-        As SpeechBrain's `parse_arguments` gives them. They apply to the included yaml.
+        As SpeechBrain's `parse_arguments` gives them, whichever file an option stands in.
+    run_options : dict or None
+        SpeechBrain's own options given on the command line. They replace the lines of their names,
+        where the recipe has such lines, so that what refers to those follows.
 
     Returns
     -------
@@ -51,8 +58,9 @@ def resolve_recipe(path: str | os.PathLike, overrides: str | Mapping | None = No
     out: results/3
     <BLANKLINE>
     """
-    path, lines = Path(path), {}
-    overrides = YAML().load(overrides) if isinstance(overrides, str) else overrides
+    path = Path(path)
+    lines: dict = {}
+    given: dict = dict((YAML().load(overrides) if isinstance(overrides, str) else overrides) or {})
     while True:
         text = path.read_text(encoding="utf-8")
         included = _included(text)
@@ -62,12 +70,13 @@ def resolve_recipe(path: str | os.PathLike, overrides: str | Mapping | None = No
         path, lines = path.parent / name, {**own, **lines}
     document = YAML().load(text)
     options = [name for name in {**document, **lines} if not name.startswith("__")]
-    unknown = [name for name in overrides or {} if name not in options]
+    unknown = [name for name in given if name not in options]
     if unknown:
         raise KeyError(
             f"{', '.join(unknown)}: no option of this recipe; the options are {', '.join(options)}"
         )
-    for name, value in {**lines, **(overrides or {})}.items():
+    given |= {name: value for name, value in (run_options or {}).items() if name in options}
+    for name, value in {**lines, **given}.items():
         both = isinstance(value, Mapping) and isinstance(document.get(name), Mapping)
         if both and not _tag(value):  # some arguments of an object
             document[name].update(value)

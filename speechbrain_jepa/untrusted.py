@@ -1,4 +1,4 @@
-"""Configs and weights that somebody else wrote: compared first, allocated then.
+"""Configs and weights from files that are not trusted: checked before memory is allocated.
 
 A file may say anything. The shapes that a config means are compared with those in the weights'
 header before a byte is allocated for them, so that a small file cannot ask for more memory than it
@@ -35,7 +35,7 @@ GRID = {
 }
 SIZES = {"dim": (1, 2**16), "depth": (1, 1000), "num_heads": (1, 2**16)}
 NUMBERS = {"mlp_ratio": (1e-6, 256), "norm_eps": (1e-30, 1)}
-SWITCHES = ("class_token", "stored_positions")  # False in configs from before they were
+SWITCHES = ("class_token", "stored_positions")  # False where an older config lacks them
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,9 @@ def read_json(path: Path) -> dict:
         raise ValueError(f"{path} is not JSON ({reason(error)}): {again}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} is a {type(value).__name__}, not the config of an encoder")
-    level = [value]
+    level: list[dict | list] = [value]
     for _ in range(MAX_NESTING):
-        inner = [item.values() if isinstance(item, dict) else item for item in level]
+        inner = [list(item.values()) if isinstance(item, dict) else item for item in level]
         level = [item for items in inner for item in items if isinstance(item, dict | list)]
     if level:
         raise ValueError(f"{path} is nested more than {MAX_NESTING} deep: {again}")
@@ -120,17 +120,17 @@ def checked_encoder(settings: Any) -> tuple[PatchGrid, dict]:
     ValueError: encoder.depth is missing
     """
     sizes = _checked("encoder", settings, ("grid", *SIZES, *NUMBERS), SWITCHES)
-    grid = _checked("encoder.grid", sizes.pop("grid"), GRID)
+    patches = _checked("encoder.grid", sizes.pop("grid"), GRID)
     for key, limits in GRID.items():
-        _check_whole(f"encoder.grid.{key}", grid[key], *limits)
+        _check_whole(f"encoder.grid.{key}", patches[key], *limits)
     for key, limits in SIZES.items():
         _check_whole(f"encoder.{key}", sizes[key], *limits)
-    for key, limits in NUMBERS.items():
-        _check_number(f"encoder.{key}", sizes[key], *limits)
+    for key, (least, most) in NUMBERS.items():
+        _check_number(f"encoder.{key}", sizes[key], least, most)
     for key in SWITCHES:
         if not isinstance(sizes.get(key, False), bool):
             raise ValueError(f"encoder.{key}={short(sizes[key])}: expected true or false")
-    grid = PatchGrid(**grid)
+    grid = PatchGrid(**patches)
     if grid.num_patches * sizes["dim"] > MAX_POSITIONS:
         raise ValueError(
             f"encoder.grid has {grid.num_patches} patches of {sizes['dim']} dims: positions of "

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speechbrain_jepa.attention import HALF, Packing, Rows, check_attention
+from speechbrain_jepa.attention import Packing, Rows, check_attention
+from speechbrain_jepa.cpu import layer_norm
 from speechbrain_jepa.features import N_MELS
 
 
@@ -116,23 +117,13 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
-    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        """residual + self(x), summed inside the matrix product."""
-        total = residual + self.bias.to(x.dtype)
-        total.view(-1, total.shape[-1]).addmm_(x.flatten(0, -2), self.weight.to(x.dtype).t())
-        return total
-
 
 class LayerNorm(nn.LayerNorm):
     """Layer norm that works in the dtype of its input (its sums are float32 all the same)."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        if x.is_cpu and x.dtype in HALF and torch.is_grad_enabled():
-            # the CPU kernel adds up the gradients of weight and bias in half precision, row after
-            # row: off by 7 % over 64 clips of 65 tokens. addcmul's backward sums in float32
-            return torch.addcmul(bias, F.layer_norm(x, self.normalized_shape, eps=self.eps), weight)
-        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+        return layer_norm(x, weight, bias, self.eps)
 
 
 class Attention(nn.Module):
@@ -165,8 +156,8 @@ class Block(nn.Module):
         attended = rows.attend(self.attn.qkv(self.norm1(x)), self.attn.num_heads)
         if keep is not None:
             x, attended = (rows.unpack(tokens)[:, :keep] for tokens in (x, attended))
-        x = self.attn.proj.add_to(x, attended)
-        return self.mlp.fc2.add_to(x, F.gelu(self.mlp.fc1(self.norm2(x))))
+        x = x + self.attn.proj(attended)
+        return x + self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x))))
 
 
 def _initialize(module: nn.Module) -> None:
@@ -213,6 +204,9 @@ class Encoder(nn.Module):
     >>> encoder(spectrogram, index=torch.arange(26).expand(4, -1), all_layers=True).shape
     torch.Size([3, 4, 26, 48])
     """
+
+    positions: Tensor
+    class_token: nn.Parameter | None
 
     def __init__(
         self,
@@ -290,7 +284,7 @@ class Encoder(nn.Module):
         with torch.autocast(spectrogram.device.type, enabled=False):
             x = self.patch_embed(patches.to(dtype)) + positions.to(dtype)
             if self.class_token is not None:
-                x, valid = self._append_class_token(x, valid)
+                x, valid = _append_token(x, valid, self.class_token)
                 packing = None  # that of rows without the token
             rows = Rows(self.attention, x, valid, packing)
             x = rows.pack(x)
@@ -304,11 +298,6 @@ class Encoder(nn.Module):
             if self.class_token is not None:
                 outputs = [tokens[:, :-1] for tokens in outputs]
             return torch.stack(outputs) if all_layers else outputs[0]
-
-    def _append_class_token(self, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Behind the patches, where their numbers stay as they are."""
-        x = torch.cat([x, self.class_token.to(x.dtype).expand(len(x), 1, -1)], 1)
-        return x, None if valid is None else F.pad(valid, (0, 1), value=True)
 
     def _positions_for(self, spectrogram: Tensor) -> Tensor:
         """Positions [N', D] of a spectrogram no longer than the grid."""
@@ -324,6 +313,12 @@ class Encoder(nn.Module):
             return self.positions
         by_time = self.positions.unflatten(0, (grid.frequency_patches, grid.time_patches))
         return by_time[:, : frames // grid.patch_time].flatten(0, 1)
+
+
+def _append_token(x: Tensor, valid: Tensor | None, token: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Behind the patches, where their numbers stay as they are."""
+    x = torch.cat([x, token.to(x.dtype).expand(len(x), 1, -1)], 1)
+    return x, None if valid is None else F.pad(valid, (0, 1), value=True)
 
 
 class Predictor(nn.Module):
@@ -350,6 +345,8 @@ class Predictor(nn.Module):
     >>> predictor(torch.randn(4, 26, 48), context, target).shape
     torch.Size([4, 39, 48])
     """
+
+    positions: Tensor
 
     def __init__(
         self,

@@ -2,7 +2,6 @@
 
 import csv
 import logging
-import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +11,8 @@ import torch
 from speechbrain.utils.epoch_loop import EpochCounter
 from speechbrain.utils.train_logger import FileTrainLogger, TensorboardLogger
 
-from speechbrain_jepa.brain import AtomicCheckpointer, JEPABrain, default_precision
+from speechbrain_jepa.brain import JEPABrain, default_precision
+from speechbrain_jepa.checkpointer import AtomicCheckpointer
 from speechbrain_jepa.data import (
     CropDataset,
     CropSampler,
@@ -326,23 +326,6 @@ def test_a_cpu_trains_in_bf16_only_where_it_multiplies_it_natively(
     assert default_precision("cpu") == expected
 
 
-def test_a_full_disk_is_named_and_gets_its_space_back(small_disk):
-    """A checkpoint of 0.5 MB fits on a disk of 1 MiB; a second one beside it does not."""
-    state = torch.nn.Linear(128_000, 1)
-    checkpointer = AtomicCheckpointer(small_disk / "save", {"state": state})
-    first = checkpointer.save_checkpoint()
-    (small_disk / "other").write_bytes(bytes(200_000))
-    with pytest.raises(OSError, match=f"the disk of {small_disk / 'save'} is full"):
-        checkpointer.save_checkpoint()
-    assert [path for path in (small_disk / "save").iterdir()] == [first.path]
-    (small_disk / "other").unlink()
-    assert shutil.disk_usage(small_disk).free > 500_000
-    with torch.no_grad():
-        state.weight.zero_()
-    checkpointer.recover_if_possible()
-    assert state.weight.any()
-
-
 def test_a_disk_too_full_for_the_log_is_named(make_brain, loaders, small_disk):
     logger = FileTrainLogger(str(small_disk / "train_log.txt"))
     brain = make_brain(train_logger=logger, output_folder=str(small_disk))
@@ -352,40 +335,3 @@ def test_a_disk_too_full_for_the_log_is_named(make_brain, loaders, small_disk):
             file.write(bytes(2**12))
     with pytest.raises(OSError, match=f"the disk of {small_disk} is full"):
         brain._log("train", {"loss": 1.0})
-
-
-def test_a_checkpoint_that_a_kill_left_half_deleted_is_removed(tmp_path):
-    state = torch.nn.Linear(2, 2)
-    checkpointer = AtomicCheckpointer(tmp_path, {"state": state, "other": torch.nn.Linear(1, 1)})
-    no_meta, no_parameters, complete, newest = (
-        checkpointer.save_checkpoint(name=name).path for name in ("a", "b", "c", "d")
-    )
-    (no_meta / "CKPT.yaml").unlink()
-    (no_parameters / "state.ckpt").unlink()
-    emptied = tmp_path / "CKPT+emptied"
-    emptied.mkdir()
-    partial = tmp_path / ".partial-CKPT+e"
-    shutil.copytree(complete, partial)
-    (tmp_path / "CKPT+notes.txt").touch()
-    checkpointer.remove_leftovers()
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left == {complete.name, newest.name, "CKPT+notes.txt"}
-
-
-def test_a_half_written_checkpoint_is_never_picked(make_brain, loaders, tmp_path, monkeypatch):
-    brain = make_brain(checkpointer=True)
-    brain.fit(brain.counter, *loaders)
-    whole = brain.checkpointer.find_checkpoint()
-
-    def dies(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(AtomicCheckpointer, "_move_into_place", dies)
-    with pytest.raises(KeyboardInterrupt):
-        brain.checkpointer.save_checkpoint()
-    monkeypatch.undo()
-    leftovers = list((tmp_path / "save").glob(".partial-*"))
-    assert len(leftovers) == 1
-    assert brain.checkpointer.find_checkpoint().path == whole.path
-    brain.checkpointer.save_checkpoint()
-    assert not leftovers[0].exists()

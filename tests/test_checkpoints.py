@@ -402,6 +402,21 @@ def test_export_writes_the_context_encoder_unless_told_otherwise(experiment, jep
     assert_same_parameters(load_pretrained(out)[0], jepa.target_encoder)
 
 
+def test_half_precision_halves_the_file_and_loads_as_float32(experiment, jepa, tmp_path):
+    from speechbrain_jepa.export import main
+
+    whole = export_experiment(experiment, tmp_path / "whole")
+    main([str(experiment), str(tmp_path / "half"), "--half"])
+    sizes = [(f / "model.safetensors").stat().st_size for f in (whole, tmp_path / "half")]
+    assert sizes[1] < 0.6 * sizes[0]
+    parameters = [
+        dict(load_pretrained(f)[0].named_parameters()) for f in (whole, tmp_path / "half")
+    ]
+    for name, parameter in parameters[1].items():
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, parameters[0][name].half().float())
+
+
 def test_export_of_something_else_is_one_line(folder, tmp_path, capsys):
     from speechbrain_jepa.export import main
 

@@ -14,9 +14,9 @@ from hyperpyyaml import load_hyperpyyaml
 
 from speechbrain_jepa import AudioJEPA
 from speechbrain_jepa.checkpoints import load_pretrained, save_pretrained
-from speechbrain_jepa.encoder import SILENCE
 from speechbrain_jepa.features import HOP_LENGTH, LogMelSpectrogram, Normalization
 from speechbrain_jepa.vit import Encoder, PatchGrid
+from speechbrain_jepa.windows import SILENCE
 
 RATE = 16_000
 STEP = 2_560  # samples: 16 frames of 160
@@ -142,24 +142,6 @@ def test_clips_shorter_than_a_window_of_the_transform(samples):
     assert alone.shape == (1, 1, 120)
     assert alone.isfinite().all()
     assert_relatively_close(model(batch, wav_lens)[1:, :1], alone)
-
-
-def test_a_tiny_clip_is_reflected_back_and_forth():
-    """The log-mel of three samples is that of their endless reflection."""
-    wav = torch.tensor([[0.1, -0.3, 0.2]])
-    model = make_model()
-    clips = model._clips(wav, None)
-    _, log_mel, audio = next(model._log_mels(clips))
-    cycle = torch.tensor([0.1, -0.3, 0.2, -0.3])  # from sample 0 on
-    window = cycle[(torch.arange(400) - 200) % 4][None]
-    assert audio.sum() == 1
-    expected = LogMelSpectrogram()(window, margins=True)
-    torch.testing.assert_close(log_mel[..., :1], expected)
-    assert (log_mel[..., 1:] == SILENCE).all()
-
-
-def test_silence_is_log_mel_of_zeros():
-    assert LogMelSpectrogram()(torch.zeros(1, 1_000)).unique().item() == pytest.approx(SILENCE)
 
 
 def test_time_steps_follow_the_batch_even_when_no_clip_fills_it():

@@ -3,6 +3,7 @@ import itertools
 
 import pytest
 import torch
+import yaml
 
 from speechbrain_jepa.monitors import (
     CollapseAlarm,
@@ -120,16 +121,16 @@ def test_an_interval_taken_up_again_averages_all_its_batches(monkeypatch):
     interval, resumed = Interval(), Interval()
     for loss in (0.1, 0.2, float("nan")):
         interval.batch_arrived()
-        interval.batch_done(4, loss)
+        interval.batch_done(4, loss=loss)
     interval.stepped(ema_rate=0.9)
     state = interval.state()
     for _ in range(1000):
         next(clock)  # the time between the kill and the next start
-    resumed.load(state)
-    before = interval.clips, interval.loss
-    assert (resumed.clips, resumed.loss) == before == (12, 0.1 + 0.2)
+    resumed.load(yaml.safe_load(yaml.safe_dump(state)))  # as a checkpoint keeps it
+    before = interval.clips, interval.losses
+    assert (resumed.clips, resumed.losses) == before == (12, {"loss": 0.1 + 0.2})
     for one in (interval, resumed):
-        one.batch_done(4, 0.7)
+        one.batch_done(4, loss=0.7)
         one.stepped(ema_rate=0.99)
     ours, theirs = resumed.close(2), interval.close(2)
     assert ours["loss"] == theirs["loss"] == (0.1 + 0.2 + 0.7) / 3

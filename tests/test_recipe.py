@@ -64,6 +64,13 @@ def test_a_misspelt_option_is_an_error_that_lists_the_options(folder):
         load(folder / "variants" / "short.yaml", "sead: 3")
 
 
+def test_run_options_replace_lines_of_their_names_only(folder):
+    given = {"share": 0.25, "precision": "fp32"}
+    hparams = load_hyperpyyaml(resolve_recipe(folder / "long.yaml", "seed: 2", given))
+    assert hparams["share"] == 0.25
+    assert "precision" not in hparams
+
+
 def test_a_missing_file_is_named(folder):
     (folder / "broken.yaml").write_text("recipe: !include:lost.yaml\n")
     with pytest.raises(FileNotFoundError, match=r"lost.yaml"):

@@ -17,6 +17,7 @@ from speechbrain.nnet.schedulers import CyclicLRScheduler
 from speechbrain_jepa import AudioJEPA
 from speechbrain_jepa.checkpoints import save_pretrained
 from speechbrain_jepa.features import Normalization
+from speechbrain_jepa.inference import PretrainedAudioJEPA
 from speechbrain_jepa.vit import Encoder, PatchGrid
 
 LEVELS = {"high": 3_000.0, "middle": 1_000.0, "low": 300.0}  # class: Hz
@@ -66,6 +67,11 @@ def test_from_hparams_with_overrides_and_a_folder_to_collect_in(folder, batch, t
     expected = AudioJEPA(folder, flat=True).embed(*batch)
     actual = encoder.encode_batch(*batch)
     torch.testing.assert_close(actual.as_subclass(torch.Tensor), expected)
+
+
+def test_an_encoder_that_was_not_loaded_says_how_it_is():
+    with pytest.raises(RuntimeError, match=r"call load\(folder\), as from_hparams does"):
+        PretrainedAudioJEPA()(torch.zeros(1, 16_000))
 
 
 def test_a_moved_folder_still_loads(folder, batch, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ import pytest
 import soundfile
 import torch
 
-from speechbrain_jepa.brain import AtomicCheckpointer
+from speechbrain_jepa.checkpointer import AtomicCheckpointer
 from speechbrain_jepa.data import SkippedFiles
 from speechbrain_jepa.features import LogMelSpectrogram, Normalization
 
@@ -293,7 +293,7 @@ def test_files_added_to_a_run_leave_its_normalisation(audio_folder, tmp_path):
     """The quickstart's yaml, without what it does at the end, started again for one epoch more."""
     data, output = tmp_path / "data", tmp_path / "out"
     shutil.copytree(audio_folder, data)
-    options = ("--after_training", "null", "--warmup_share", "0", "--passes_per_epoch", "1")
+    options = ("--after_training", "null", "--warmup_epochs", "0", "--passes_per_epoch", "1")
     done = run(output, data, *options, "--number_of_epochs", "1", recipe="quickstart")
     assert done.returncode == 0, done.stdout
     config = output / "pretrained" / "config.json"
@@ -336,7 +336,7 @@ def test_a_regularizer_is_an_option_of_the_command_line(name, audio_folder, tmp_
     row = metrics(tmp_path)[2]
     assert float(row["train_loss"]) > float(row["train_prediction"]) > 0
     config = json.loads((tmp_path / "pretrained" / "config.json").read_text())
-    assert config["training"]["regularizer"] == name
+    assert config["training"]["regularizer"]["class"] == name
 
 
 def test_debug_mode_is_short_and_leaves_nothing_to_resume(audio_folder, tmp_path):

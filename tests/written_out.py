@@ -10,11 +10,13 @@ from hyperpyyaml import load_hyperpyyaml
 from speechbrain.utils.epoch_loop import EpochCounter
 from speechbrain.utils.train_logger import FileTrainLogger
 
-from speechbrain_jepa.brain import AtomicCheckpointer, JEPABrain
+from speechbrain_jepa.brain import JEPABrain
+from speechbrain_jepa.checkpointer import AtomicCheckpointer
 from speechbrain_jepa.features import LogMelSpectrogram, Normalization
 from speechbrain_jepa.jepa import JEPA
 from speechbrain_jepa.losses import SmoothL1
 from speechbrain_jepa.masking import PatchMasks, UnstructuredMasking
+from speechbrain_jepa.recipe import resolve_recipe
 from speechbrain_jepa.schedules import LinearRamp, WarmupCosine
 from speechbrain_jepa.vit import Encoder, PatchGrid, Predictor
 
@@ -258,5 +260,5 @@ def recipe_hparams(recipe, folder, **options) -> dict:
         f"{part}_{size}": 1 for part in ("encoder", "predictor") for size in ("depth", "heads")
     }
     small |= {"encoder_dim": 24, "predictor_dim": 24, "output_folder": str(folder)}
-    with open(REPOSITORY / "hparams" / f"{recipe}.yaml", encoding="utf-8") as file:
-        return load_hyperpyyaml(file, {**small, **options})
+    yaml = REPOSITORY / "hparams" / f"{recipe}.yaml"
+    return load_hyperpyyaml(resolve_recipe(yaml, {**small, **options}))

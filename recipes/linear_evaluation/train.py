@@ -26,6 +26,7 @@ from speechbrain_jepa.evaluation.linear_probe import VERSION, probe
 from speechbrain_jepa.evaluation.results import RESULT, Result, summarise
 from speechbrain_jepa.evaluation.sources import load_source
 from speechbrain_jepa.evaluation.store import embed_once
+from speechbrain_jepa.recipe import resolve_recipe
 
 logger = get_logger("linear_evaluation")
 
@@ -56,7 +57,7 @@ def evaluate(hparams: dict, device: str = "cpu") -> tuple[Result, Path]:
     )
     clips = read_labelled(manifest, hparams["data_folder"], hparams["multilabel"])["label"]
 
-    clip_seconds = hparams["clip_seconds"] or min(clips.longest, MAX_SECONDS)
+    clip_seconds = hparams["clip_seconds"] or min(clips.longest or MAX_SECONDS, MAX_SECONDS)
 
     source = load_source(
         hparams["encoder"],
@@ -143,10 +144,8 @@ def draw(result: Result, features, clips, test_rows, folder: Path, map_clips: in
 def load_hparams(arguments: list[str]) -> tuple[dict, str]:
     """A yaml with its overrides, and the device to compute on."""
     hparams_file, run_opts, overrides = sb.parse_arguments(arguments)
-    with open(hparams_file, encoding="utf-8") as file:
-        hparams = load_hyperpyyaml(file, overrides)
-    if "precision" in run_opts.overridden_args:
-        hparams["precision"] = run_opts.precision
+    given = {name: run_opts[name] for name in run_opts.overridden_args}
+    hparams = load_hyperpyyaml(resolve_recipe(hparams_file, overrides, given))
     return hparams, run_opts.device or sb.utils.distributed.infer_device()
 
 

@@ -1,5 +1,4 @@
-"""Audio in: what there is (scan, manifest), reading it (audio, crops), and a corpus made on the
-spot (demo)."""
+"""Finding audio (scan, manifest), reading it (audio, crops), and a generated corpus (demo)."""
 
 from speechbrain_jepa.data.audio import UnreadableAudio
 from speechbrain_jepa.data.crops import CropBatch, CropDataset, read_crop

@@ -1,6 +1,6 @@
 """Opening audio: the one way in which files and members of shards are opened, decoded and checked.
 
-Whatever a file holds, what happens here is samples, or `UnreadableAudio` with the reason.
+Any file gives samples or raises `UnreadableAudio` with the reason, and no other exception.
 """
 
 import contextlib
@@ -59,8 +59,8 @@ class UnreadableAudio(Exception):
 def open_audio(path: str | os.PathLike) -> Iterator[soundfile.SoundFile]:
     """Open a regular file, or a member of a shard that is one, for decoding.
 
-    Named pipes and devices are not opened: that could wait forever. What goes wrong while the file
-    is open is its own fault too.
+    Named pipes and devices are not opened: that could wait forever. Any
+    exception while the file is open becomes UnreadableAudio too.
 
     Arguments
     ---------
@@ -92,26 +92,26 @@ def open_audio(path: str | os.PathLike) -> Iterator[soundfile.SoundFile]:
             yield file
         except UnreadableAudio:
             raise
-        except Exception as error:  # whatever the decoder stumbles over, the run goes on
+        except Exception as error:  # any decoder error: the run goes on
             raise UnreadableAudio(path, f"cannot be decoded: {_reason(error)}") from error
 
 
 @contextlib.contextmanager
 def _source(path: str):
     """What soundfile is given to open: a member's bytes, or the path."""
-    is_member = isinstance(path, ShardMember)
-    found = os.stat(path.shard if is_member else path)
+    member = path if isinstance(path, ShardMember) else None
+    found = os.stat(path if member is None else member.shard)
     kind = stat.S_IFMT(found.st_mode)
     if kind != stat.S_IFREG:
         what = _KINDS.get(kind, "something else")
         raise UnreadableAudio(path, f"is {what}: only regular files are opened")
-    if (path.size if is_member else found.st_size) == 0:
+    if (found.st_size if member is None else member.size) == 0:
         raise UnreadableAudio(path, "empty")
-    if is_member:
-        with path.open() as file:
-            yield file
-    else:
+    if member is None:
         yield os.fsencode(path)  # soundfile refuses names that are not UTF-8
+    else:
+        with member.open() as file:
+            yield file
 
 
 def _reason(error: Exception, path: str | None = None) -> str:
@@ -278,7 +278,7 @@ def _check_samples(path: str, wav: np.ndarray) -> None:
     if len(wav) == 0:
         return
     with np.errstate(invalid="ignore"):
-        low, high = wav.min(), wav.max()  # NaN where one sample is
+        low, high = wav.min(), wav.max()  # NaN if any sample is
     if low >= -LOUDEST and high <= LOUDEST:
         return
     if not (np.isfinite(low) and np.isfinite(high)):

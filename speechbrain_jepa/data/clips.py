@@ -134,7 +134,9 @@ def read_clips(
     ['c.wav'] torch.Size([1, 48000]) tensor([1.], dtype=torch.float64)
     """
     limit = batch_seconds * SAMPLE_RATE
-    names, wavs, longest = [], [], 0
+    names: list[str] = []
+    wavs: list[Tensor] = []
+    longest = 0
     for name, wav in _read_ahead(files, num_workers, on_failure):
         longest = max(longest, len(wav))
         if wavs and longest * (len(wavs) + 1) > limit:

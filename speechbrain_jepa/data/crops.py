@@ -25,14 +25,14 @@ from speechbrain_jepa.data.resampling import (
 from speechbrain_jepa.features import HOP_LENGTH, N_FFT, crop_samples, num_frames
 
 MARGIN = N_FFT // 2  # samples that the first and last frame of a crop need beyond their centres
-MAX_REPLACEMENTS = 32  # broken files in a row, before it must be said that something is wrong
+MAX_REPLACEMENTS = 32  # broken files in a row; more mean that the disk is the problem
 
 Key = tuple[int, int]  # (pass through the items, item)
-CROPS, ORDER = 0, 1  # what random numbers are for: independent streams of one seed
+CROPS, ORDER = 0, 1  # streams: independent random numbers of one seed
 
 
 def random_at(seed: int, stream: int, *place: int) -> np.random.Generator:
-    """Random numbers that belong to a place (up to three numbers), without state or history."""
+    """Random numbers that depend on seed, stream and up to three more numbers, and on no state."""
     counter = [0, *place, *[0] * (3 - len(place))]  # the first word counts the numbers drawn
     return np.random.Generator(np.random.Philox(key=[seed % 2**64, stream], counter=counter))
 
@@ -225,7 +225,8 @@ class CropDataset(Dataset):
     def __getitems__(self, keys: list[Key]) -> CropBatch:
         """Read one crop for each key; broken files are replaced by others and reported."""
         wav = torch.empty(len(keys), crop_samples(self.crop_frames))
-        items, failures = [], []
+        items: list[int] = []
+        failures: list[tuple[str, str]] = []
         for row, (epoch, item) in zip(wav.numpy(), keys):
             row[:], item = self._read(epoch if self.random_crops else 0, item, failures)
             items.append(item)

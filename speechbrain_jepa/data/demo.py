@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 import uuid
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -15,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from speechbrain_jepa.data.demo_sounds import PITCHED, SCENES, SOUNDS, Score, record
+from speechbrain_jepa.data.demo_sounds import PITCHED, SCENES, SOUNDS
+from speechbrain_jepa.data.synthesis import Score, record
 from speechbrain_jepa.features import SAMPLE_RATE
 
 VERSION = 1  # of the recipe below: another number makes the corpus anew
@@ -185,7 +187,7 @@ def _deal(values, rng):
         yield from rng.permutation(values).tolist()
 
 
-def _plan(clips_per_sound: int, rng):
+def _plan(clips_per_sound: int, rng) -> Iterator[Clip]:
     """The clips with their labels, balanced within every split."""
     ends = np.round(np.cumsum(list(SPLITS.values())) * clips_per_sound).astype(int)
     for split, count in zip(SPLITS, np.diff(ends, prepend=0)):
@@ -207,7 +209,7 @@ def _write_clip(folder: Path, seed: int, number: int, clip: Clip) -> None:
     rng = np.random.default_rng([seed, number])
     sound = list(SOUNDS).index(clip.sound)
     split = list(SPLITS).index(clip.split)
-    which = rng.integers(INSTRUMENTS[clip.split])
+    which = int(rng.integers(INSTRUMENTS[clip.split]))
     instrument = np.random.default_rng([seed, sound, split, which])
     score = _score(clip, rng)
     wav = record(SOUNDS[clip.sound](score, instrument, rng), rng)
@@ -218,12 +220,12 @@ def _score(clip: Clip, rng) -> Score:
     """Notes in the clip's rhythm and at its pitches."""
     seconds = rng.uniform(*SECONDS)
     gaps = _gaps(clip.rhythm or "steady", rng)
-    onsets = [rng.uniform(0.02, 0.4)]
+    starts = [rng.uniform(0.02, 0.4)]
     for gap in gaps:
-        if onsets[-1] + gap > seconds - 0.1:
+        if starts[-1] + gap > seconds - 0.1:
             break
-        onsets.append(onsets[-1] + gap)
-    onsets = np.array(onsets)
+        starts.append(starts[-1] + gap)
+    onsets = np.array(starts)
     room = np.diff(onsets, append=seconds)
     lengths = np.minimum(room * rng.uniform(0.5, 0.95), rng.uniform(0.1, 0.5))
     onsets[1:] += rng.normal(0, 0.008, len(onsets) - 1).clip(-0.015, 0.015)

@@ -1,4 +1,4 @@
-"""The audio files below a folder, found by the ends of their names."""
+"""The audio files below a folder, found by their extensions."""
 
 import os
 
@@ -19,9 +19,11 @@ def list_audio(
 ) -> tuple[list[tuple[str, int, int]], list[tuple[str, str]]]:
     """Every audio file below a folder (relative path, size, modification time), sorted; and what
     could not be looked at (relative path, reason). What is hidden is passed over."""
-    found, unreadable = [], []
+    found: list[tuple[str, int, int]] = []
+    unreadable: list[tuple[str, str]] = []
     folder = os.path.join(folder, "")
-    pending, links, visited = [folder], [], set()
+    pending, links = [folder], list[str]()
+    visited = set()
     while pending or links:
         # linked folders last: what is also there under its real name is found under that name,
         # once, and a link to a folder above ends here

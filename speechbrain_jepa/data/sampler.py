@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from speechbrain_jepa.data.crops import ORDER, CropBatch, CropDataset, Key, random_at
+from speechbrain_jepa.data.crops import ORDER, CropDataset, Key, random_at
 
 
 class CropSampler(Sampler[list[Key]]):
@@ -105,7 +106,7 @@ def _start_worker(_worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def _only(batch: CropBatch) -> CropBatch:
+def _only(batch: Any) -> Any:
     """`CropDataset` fetches whole batches: there is nothing left to collate."""
     return batch
 
@@ -133,7 +134,7 @@ def crop_loader(
     pin_memory : bool
         For CUDA devices. Default False.
     """
-    workers = dict(
+    workers: dict[str, Any] = dict(
         prefetch_factor=prefetch_factor, persistent_workers=True, worker_init_fn=_start_worker
     )
     return DataLoader(

@@ -1,4 +1,4 @@
-"""What audio there is: found once, by reading headers only, and kept in a cache folder."""
+"""Finding audio: headers are read once, and what they say is kept in a cache folder."""
 
 import hashlib
 import json

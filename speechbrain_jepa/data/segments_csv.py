@@ -45,7 +45,7 @@ def read_rows(train_csv: Path, root: str) -> list[tuple]:
                         stats[path] = -1, -1  # reading the header will say what is wrong
                 entries.append((path, start, stop, *stats[path]))
         except csv.Error as error:
-            line = reader.reader.line_num  # of DictReader itself: the last that was whole
+            line = reader.reader.line_num  # of the csv reader inside: the last whole line
             raise ValueError(f"{train_csv}, line {line}: {error}") from error
     return entries
 
@@ -61,7 +61,7 @@ def _checked(lines: Iterator[str], train_csv: Path) -> Iterator[str]:
             try:
                 line.encode("utf-8")
             except UnicodeEncodeError as error:
-                byte = ord(line[error.start]) - 0xDC00  # what surrogateescape made of it
+                byte = ord(line[error.start]) - 0xDC00  # surrogateescape adds 0xDC00 to it
                 raise ValueError(
                     f"{train_csv}, line {number}: byte 0x{byte:02x} is not UTF-8: save it as csv "
                     "in UTF-8"

@@ -14,7 +14,7 @@ EXTENSION = ".tar"
 SEPARATOR = "::"  # between the path of the shard and the name inside
 LONGEST_NAME = 4096  # as in the file systems; a longer one is a damaged tar
 LARGEST_HEADER = 2**20  # bytes, of what a tar says about a member beside its name
-_SHARD = re.compile(f"^.*?{re.escape(EXTENSION)}(?={SEPARATOR})", re.IGNORECASE | re.DOTALL)
+_INSIDE = re.compile(f"(?<={re.escape(EXTENSION)}){SEPARATOR}.*", re.IGNORECASE | re.DOTALL)
 _HEADERS = (
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
     *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
@@ -39,6 +39,9 @@ class ShardMember(str):
     b'audio'
     """
 
+    offset: int
+    size: int
+
     def __new__(cls, path: str, offset: int, size: int):
         member = super().__new__(cls, path)
         member.offset, member.size = offset, size
@@ -50,7 +53,7 @@ class ShardMember(str):
     @property
     def shard(self) -> str:
         """Path of the tar."""
-        return _SHARD.match(self).group()
+        return _INSIDE.sub("", self)
 
     def open(self) -> io.BufferedReader:
         """The member's bytes, as a seekable file."""
@@ -112,8 +115,8 @@ def list_members(shard: str, extensions) -> tuple[dict[str, tuple[int, int]], st
         end, place = found.st_size, -1
         with tarfile.open(shard, "r:", tarinfo=_Checked) as tar:
             for member in tar:
-                tar.members = []  # tarfile keeps them all otherwise
-                if member.size < 0 or tar.offset <= place:  # as a pax header can still have it
+                tar.members = []  # type: ignore[attr-defined]  # tarfile keeps them all otherwise
+                if member.size < 0 or tar.offset <= place:  # a pax header can still say so
                     raise tarfile.ReadError(f"a member of {member.size} bytes")
                 place = tar.offset
                 name = member.name.removeprefix("./")

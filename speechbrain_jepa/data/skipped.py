@@ -89,8 +89,10 @@ def _open(path: Path, mode: str):
 
 def csv_line(*fields) -> str:
     """One csv line; a carriage return, which `csv` leaves bare, is quoted too."""
-    has_return = any("\r" in field for field in fields if isinstance(field, str))
-    quoting = csv.QUOTE_ALL if has_return else csv.QUOTE_MINIMAL
+    bare = any("\r" in field for field in fields if isinstance(field, str))
     line = io.StringIO()
-    csv.writer(line, lineterminator="\n", quoting=quoting).writerow(fields)
+    writer = csv.writer(
+        line, lineterminator="\n", quoting=csv.QUOTE_ALL if bare else csv.QUOTE_MINIMAL
+    )
+    writer.writerow(fields)
     return line.getvalue()

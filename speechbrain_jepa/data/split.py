@@ -1,4 +1,4 @@
-"""The part of a corpus that is held out for validation, and the crops it is looked at in."""
+"""Which files are held out for validation, and which crops of them are used."""
 
 import hashlib
 import os
@@ -11,7 +11,7 @@ from speechbrain_jepa.data.audio import UnreadableAudio, check_decodes
 from speechbrain_jepa.data.manifest import Manifest
 from speechbrain_jepa.features import HOP_LENGTH, SAMPLE_RATE
 
-MIN_CROPS = 16  # of the validation set: of fewer, rank and deviation say little
+MIN_CROPS = 16  # of the validation set; with fewer, rank and deviation say little
 LARGEST_SHARE = 0.2  # of the files, held out to reach it
 
 
@@ -69,12 +69,10 @@ def split_held_out(
     for name, value in {"max_valid": max_valid, "min_valid": min_valid}.items():
         if value < 1:
             raise ValueError(f"{name}={value}: must be at least 1")
-    # 64-bit hashes: two of two million files share one with a chance of 1e-7, and then a side
-    hashes = [
-        int.from_bytes(hashlib.blake2b(path, digest_size=8).digest(), "big")
-        for path in manifest.raw_paths()
-    ]
-    hashes = np.array(hashes, np.uint64)
+    # 64-bit hashes: two of two million files share one with a chance of 1e-7, and
+    # are then on the same side
+    digests = [hashlib.blake2b(path, digest_size=8).digest() for path in manifest.raw_paths()]
+    hashes = np.array([int.from_bytes(digest, "big") for digest in digests], np.uint64)
     files, first, owner, segments = np.unique(
         hashes, return_index=True, return_inverse=True, return_counts=True
     )
@@ -90,7 +88,8 @@ def split_held_out(
     if crop_frames is not None:
         most = max(wanted, min(fit, int(LARGEST_SHARE * len(files))))
         crops = np.bincount(owner.ravel(), _crops_that_fit(manifest, crop_frames))
-    held_out, num_crops = [], 0
+    held_out: list[np.uint64] = []
+    num_crops = 0
     for number, (file, item) in enumerate(zip(files, first)):
         enough = number >= wanted and len(held_out) >= min_valid
         enough = enough and (number >= most or num_crops >= min_crops)

@@ -1,4 +1,4 @@
-"""Embed once, probe fast, report."""
+"""Probes of frozen encoders: embeddings on the disk, probes trained on them, tables, figures."""
 
 from importlib.util import find_spec
 

@@ -1,17 +1,17 @@
 """Clips of one length: what a probe's encoder is given."""
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from speechbrain_jepa.data.clips import BATCH_SECONDS, read_clips
-from speechbrain_jepa.data.crops import UnreadableAudio
-from speechbrain_jepa.evaluation.labelled import LabelledClips, random_at
+from speechbrain_jepa.data.crops import UnreadableAudio, random_at
+from speechbrain_jepa.evaluation.labelled import LabelledClips
 from speechbrain_jepa.features import SAMPLE_RATE
 
-CROP = 0  # what random numbers are for, beside labelled.DRAW
+CROP = 0  # stream of random numbers: independent of labelled.DRAW's
 
 
 def fixed_length(wav: Tensor, samples: int, draw: float = 0.0) -> Tensor:
@@ -42,7 +42,7 @@ def fixed_length(wav: Tensor, samples: int, draw: float = 0.0) -> Tensor:
 
 def read_fixed(
     clips: LabelledClips,
-    rows: Sequence[int],
+    rows: Iterable[int],
     clip_seconds: float,
     crop_seed: int = 0,
     batch_seconds: float = BATCH_SECONDS,
@@ -57,7 +57,7 @@ def read_fixed(
     Arguments
     ---------
     clips : LabelledClips
-    rows : sequence of int
+    rows : iterable of int
         Which to read, in this order.
     clip_seconds : float
     crop_seed : int

@@ -11,6 +11,7 @@
 """
 
 import csv
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from speechbrain_jepa.data.crops import random_at
+
 COLUMNS = ("ID", "wav", "duration", "label", "split", "fold")  # that the recipes' manifests have
 NO_LABELS = ("ID", "file", "wav", "duration", "split", "fold")
 SPLITS = ("train", "valid", "test")
 VALID_SHARE = 0.1  # of the training clips, where the data set names no validation clips
-DRAW = 1  # what random numbers are for: independent streams of one seed
+DRAW = 1  # stream of random numbers: independent of fixed_clips.CROP's
 
 
 @dataclass(frozen=True)
@@ -126,16 +129,17 @@ class LabelledClips:
             If a part is left without clips.
         """
         usable = np.ones(len(self), bool) if usable is None else usable
+        parts: list[tuple[int | None, np.ndarray, np.ndarray | None, np.ndarray]]
         if self.has_folds:
             folds = np.array(self.folds)
             parts = [
                 (fold, np.flatnonzero(usable & (folds != fold)), None, folds == fold)
-                for fold in sorted(set(self.folds))
+                for fold in np.unique(folds).tolist()
             ]
         else:
             splits = np.array(self.splits)
-            valid = np.flatnonzero(usable & (splits == "valid"))
-            named = valid if (splits == "valid").any() else None
+            is_valid = splits == "valid"
+            named = np.flatnonzero(usable & is_valid) if is_valid.any() else None
             parts = [(None, np.flatnonzero(usable & (splits == "train")), named, splits == "test")]
         divisions = []
         for fold, train, valid, test in parts:
@@ -251,8 +255,7 @@ def _clips(path, root: Path, name: str, labelled: list[tuple[int, dict]], multil
 
 def _check(path, name: str, clips: LabelledClips) -> None:
     if len(set(clips.ids)) < len(clips):
-        seen = set()
-        twice = next(name for name in clips.ids if name in seen or seen.add(name))
+        twice = Counter(clips.ids).most_common(1)[0][0]
         raise ValueError(f"{path}: {twice!r} occurs twice: a clip has one row")
     with_fold = sum(fold is not None for fold in clips.folds)
     if with_fold:
@@ -270,10 +273,3 @@ def _check(path, name: str, clips: LabelledClips) -> None:
     for split in ("train", "test"):
         if split not in clips.splits:
             raise ValueError(f"{path}: no row of split {split} has a label in {name}")
-
-
-def random_at(seed: int, stream: int, place: int) -> np.random.Generator:
-    """Random numbers that belong to a place, without state or history."""
-    return np.random.Generator(
-        np.random.Philox(key=[seed % 2**64, stream], counter=[0, place, 0, 0])
-    )

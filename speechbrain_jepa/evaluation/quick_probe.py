@@ -5,7 +5,7 @@ multinomial logistic regression on the frozen, standardised features.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,7 +93,7 @@ def _read(file: str | Path) -> np.ndarray:
 
 
 def embed_files(
-    files: Sequence[str | Path], embedders: dict[str, Sequence[Embed]]
+    files: Sequence[str | Path], embedders: Mapping[str, Sequence[Embed]]
 ) -> tuple[dict[str, list[np.ndarray]], list[str | Path]]:
     """Read every file once and embed it with every embedder.
 
@@ -126,7 +126,9 @@ def embed_files(
     (1, 160)
     """
     files = list(dict.fromkeys(files))
-    parts = {name: [[] for _ in seeds] for name, seeds in embedders.items()}
+    parts: dict[str, list[list[np.ndarray]]] = {
+        name: [[] for _ in seeds] for name, seeds in embedders.items()
+    }
     read = []
     for start in range(0, len(files), FILES_AT_ONCE):
         wavs = []
@@ -248,7 +250,7 @@ class ProbeTable:
 
 
 def probe_table(
-    features: dict[str, Sequence[np.ndarray]],
+    features: Mapping[str, Sequence[np.ndarray]],
     files: Sequence[str | Path],
     label_sets: dict[str, LabelledClips],
 ) -> ProbeTable:
@@ -289,7 +291,8 @@ def probe_table(
     row_of = {str(file): row for row, file in enumerate(files)}
     accuracy = {}
     for task, clips in label_sets.items():
-        rows, labels = {"train": [], "test": []}, {"train": [], "test": []}
+        rows: dict[str, list[int]] = {"train": [], "test": []}
+        labels: dict[str, list[str]] = {"train": [], "test": []}
         for file, label, split in zip(clips.files, clips.labels, clips.splits):
             if split in rows and file in row_of:
                 rows[split].append(row_of[file])
@@ -313,7 +316,7 @@ def files_used(label_sets: dict[str, LabelledClips]) -> list[str]:
     return [file for rows in pairs for file, split in rows if split != "valid"]
 
 
-def quick_probe(folder, embedders: dict[str, Sequence[Embed]]) -> ProbeTable:
+def quick_probe(folder, embedders: Mapping[str, Sequence[Embed]]) -> ProbeTable:
     """Read a folder's label sets, embed their files once, and probe.
 
     Arguments

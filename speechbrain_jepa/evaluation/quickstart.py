@@ -1,6 +1,7 @@
-"""What the quickstart ends with: a probe table, the paper's Fig. 1, curves, what is where."""
+"""The quickstart's report: a probe table, the paper's Fig. 1, the run's curves."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -79,7 +80,7 @@ def _draw_masks(hparams, path: Path) -> Path:
     return draw_masks(spectrogram, masks, (grid.patch_frequency, grid.patch_time), path)
 
 
-def join(tables: list[str | Path]) -> ProbeTable:
+def join(tables: Sequence[str | Path]) -> ProbeTable:
     """The `probe.csv` of several runs as one table: each run's encoders are further seeds."""
     frames = [pd.read_csv(table, index_col=["features", "seed"]) for table in tables]
     joined = pd.concat(frames)

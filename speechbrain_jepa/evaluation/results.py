@@ -320,7 +320,7 @@ def _write_csv(results: list[Result], path: Path) -> None:
         for result in results:
             for layer in result.layers:
                 name = "last" if layer.layer == -1 else layer.layer
-                row = [result.encoder, result.task, result.probe, name, result.metric]
+                row: list = [result.encoder, result.task, result.probe, name, result.metric]
                 row += [round(layer.mean, 3), round(layer.deviation, 3), len(layer.seeds)]
                 source = "own split" if result.own_split else ""
                 writer.writerow([*row, round(layer.valid, 3), layer.neighbours, False, source])

@@ -1,4 +1,4 @@
-"""Encoders by name, all with one face: clips of equal length in, one vector a layer and clip out.
+"""Encoders by name, all with one interface: clips of equal length in, a vector per layer out.
 
 | name | encoder |
 | --- | --- |
@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchaudio
@@ -74,7 +75,7 @@ class Source:
     @property
     def device(self) -> torch.device:
         """Where it computes."""
-        # not of the state dict, where log-mel has nothing
+        # not the state dict: the log-mel's buffers are not in it
         tensors = chain(self.module.parameters(), self.module.buffers())
         return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
@@ -92,11 +93,13 @@ class Source:
 
     def fit(self, batches: Iterable[Tensor]) -> dict:
         """Measure mean and deviation of the log-mel on batches [B, samples], and give them."""
+        assert isinstance(self.module, AudioJEPA)  # `fits_data`
         pair = self.module.fit_normalization(batches).normalization
         return {"mean": pair.mean.item(), "std": pair.std.item()}
 
     def set_normalization(self, mean: float, std: float) -> None:
         """Take a pair that `fit` has given before."""
+        assert isinstance(self.module, AudioJEPA)  # `fits_data`
         self.module.normalization.set(mean, std)
 
     def fingerprint(self) -> dict:
@@ -104,7 +107,7 @@ class Source:
         digest = hashlib.sha256()
         for name, tensor in self.module.state_dict().items():
             if self.fits_data and name.startswith("normalization."):
-                continue  # follows from the data
+                continue  # measured on the data, not part of the weights
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         return {
@@ -200,11 +203,11 @@ def _log_mel(device) -> Source:
 
 def _untrained(folder: str, seed: int):
     """The encoder and normalisation of a folder, or the paper's, with weights of a seed."""
+    grid, normalization = PatchGrid(), Normalization(-7.0633, 4.1971)  # AudioSet's
+    config: dict[str, Any] = {}
     if folder:
         loaded, normalization, _ = load_pretrained(folder)
         grid, config = loaded.grid, loaded.config
-    else:
-        grid, config, normalization = PatchGrid(), {}, Normalization(-7.0633, 4.1971)  # AudioSet's
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = Encoder(grid, **config)

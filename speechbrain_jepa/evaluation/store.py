@@ -17,6 +17,7 @@ import os
 import re
 import time
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -30,7 +31,7 @@ from speechbrain_jepa.files import folder_lock, new_array, whole_file, write_tex
 
 FORMAT_VERSION = 1
 MAX_NORMALIZATION_CLIPS = 5000
-FLUSH_SECONDS = 30.0  # what a power failure may cost; a killed process costs a batch
+FLUSH_SECONDS = 30.0  # a power failure loses no more than this, a kill one batch
 TO_DO, EMBEDDED, SKIPPED = 0, 1, 2
 DTYPES = ("float16", "float32")
 
@@ -180,7 +181,7 @@ def _fit(source: Source, clips: LabelledClips, clip_seconds: float, place: Path,
     write_text(path, json.dumps(pair))
 
 
-def _open(place: Path, mode: str = "r+"):
+def _open(place: Path, mode: Literal["r", "r+"] = "r+"):
     """Features and states of the rows; None before the first is there."""
     if not (place / "rows.npy").exists():
         return None, None
@@ -190,7 +191,7 @@ def _open(place: Path, mode: str = "r+"):
 def _create(place: Path, embedded: np.ndarray, count: int, dtype: str):
     layers, _, dims = embedded.shape
     array = new_array(place / "features.npy", dtype, (layers, count, dims))
-    with whole_file(place / "rows.npy") as partial:  # after the features, with no row done
+    with whole_file(place / "rows.npy") as partial:  # written after the features: no row is done
         np.save(partial, np.zeros(count, np.uint8))
     return array, np.load(place / "rows.npy", mmap_mode="r+")
 

@@ -14,12 +14,9 @@ __all__ = ["audio_jepa", "audio_jepa_hf", "audio_jepa_local", "audio_jepa_url"]
 
 
 def audio_jepa(ckpt=None, **options):
-    """Any source: folder, file, URL, or Hugging Face repo id."""
+    """Any source: folder, file, URL, or Hugging Face repo id. None: the package's own encoder."""
     if ckpt is None:
-        raise ValueError(
-            "audio_jepa has no weights of its own: give a pretrained folder, an experiment folder, "
-            "an archive, a URL or a Hugging Face repo id, with -k or path_or_url"
-        )
+        return _UpstreamExpert(None, **options)
     if is_url(ckpt):
         return audio_jepa_url(ckpt, **options)
     if Path(ckpt).expanduser().exists():

@@ -19,7 +19,7 @@ def install() -> None:
 
 
 class _Finder:
-    """Finds what the other finders find, and surrounds its execution."""
+    """Finds s3prl through the other finders, and acts before and after it is executed."""
 
     def find_spec(self, name, path=None, target=None):
         if name not in ("s3prl", "s3prl.hub"):

@@ -69,7 +69,7 @@ def download(url: str, refresh: bool = False) -> Path:
         for file, source in urls.items():
             if refresh or not file.exists():
                 try:
-                    download_url_to_file(source, file)
+                    download_url_to_file(source, str(file))
                 except OSError as error:
                     raise OSError(f"{source} could not be downloaded: {error}") from error
     return file
@@ -82,15 +82,16 @@ def open_source(source) -> Iterator:
     Arguments
     ---------
     source : str or Path
-        An archive, or a pretrained folder's model.safetensors; anything else is given as it is.
+        An archive, or a pretrained folder's model.safetensors; anything else (and None) is given
+        as it is.
 
     Raises
     ------
     ValueError
         If the file is neither, or the archive is not of one pretrained folder.
     """
-    file = Path(source).expanduser()
-    if not file.is_file():
+    file = None if source is None else Path(source).expanduser()
+    if file is None or not file.is_file():
         yield source
     elif file.name == WEIGHTS:
         yield file.parent

@@ -25,9 +25,8 @@ from speechbrain_jepa.data.demo_sounds import (
     PITCHED,
     SCENES,
     SOUNDS,
-    Score,
-    record,
 )
+from speechbrain_jepa.data.synthesis import Score, record
 from speechbrain_jepa.features import SAMPLE_RATE
 
 SMALL = 8  # clips per sound

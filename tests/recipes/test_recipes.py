@@ -80,7 +80,7 @@ def test_every_yaml_has_a_row_and_every_file_of_a_row_is_there():
     yamls = [
         path for folder in ("hparams", "recipes") for path in (REPOSITORY / folder).rglob("*.yaml")
     ]
-    own = {str(path.relative_to(REPOSITORY)) for path in yamls}
+    own = {str(path.relative_to(REPOSITORY)) for path in yamls if path.name != "base.yaml"}
     assert own - set(ROWS) == set()
     for row in ROWS.values():
         for column in ("Script_file", "Hparam_file", "Data_prep_file", "Readme_file"):

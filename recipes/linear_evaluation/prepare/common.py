@@ -37,8 +37,6 @@ class Task:
     name : str
     source : str
         Where to download it.
-    clip_seconds : float or None
-        Clips are cut or padded to this length. None: the user says.
     classes : int or None
     counts : dict of int
         Published number of clips in each split; under "" where there are folds only.
@@ -53,7 +51,6 @@ class Task:
 
     name: str
     source: str
-    clip_seconds: float | None = None
     classes: int | None = None
     counts: dict[str, int] = field(default_factory=dict)
     folds: int | None = None

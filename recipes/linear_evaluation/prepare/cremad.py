@@ -11,7 +11,6 @@ from .common import Clip, Task, locate, write_manifest
 TASK = Task(
     name="cremad",
     source="https://github.com/CheyneyComputerScience/CREMA-D (AudioWAV/, with Git LFS)",
-    clip_seconds=2.5,
     classes=6,
     counts={"train": 5155, "valid": 732, "test": 1551},
 )
@@ -35,6 +34,7 @@ LEFT_OUT = {
 }
 # speaker, sentence, emotion, level
 NAME = re.compile(r"(\d{4})_[A-Z]{3}_(ANG|DIS|FEA|HAP|NEU|SAD)_[A-Z]{1,2}\.wav")
+BAD_NAME = "the name is not <speaker>_<sentence>_<emotion>_<level>.wav"
 
 
 def prepare(data_folder, save_folder, allow_missing: bool = False) -> Path:
@@ -58,10 +58,9 @@ def prepare(data_folder, save_folder, allow_missing: bool = False) -> Path:
     clips, excluded = [], []
     for name, *_ in list_audio(join(data_folder, root))[0]:
         match = NAME.fullmatch(name)
-        reason = LEFT_OUT.get(name.removesuffix(".wav"))
         if match is None or int(match[1]) not in SPEAKERS:
-            reason = "the name is not <speaker>_<sentence>_<emotion>_<level>.wav"
-        if reason:
+            excluded.append((join(root, name), BAD_NAME))
+        elif reason := LEFT_OUT.get(name.removesuffix(".wav")):
             excluded.append((join(root, name), reason))
         else:
             clips.append(Clip(join(root, name), match[2], split_of(int(match[1]))))

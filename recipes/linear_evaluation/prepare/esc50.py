@@ -8,7 +8,6 @@ from .common import Clip, Task, locate, read_table, write_manifest
 TASK = Task(
     name="esc50",
     source="https://github.com/karolpiczak/ESC-50/archive/master.zip",
-    clip_seconds=5.0,
     classes=50,
     counts={"": 2000},
     folds=5,

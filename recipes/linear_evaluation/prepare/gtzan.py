@@ -11,7 +11,6 @@ TASK = Task(
     name="gtzan",
     source="http://opihi.cs.uvic.ca/sound/genres.tar.gz, or its copy on Kaggle, "
     "andradaolteanu/gtzan-dataset-music-genre-classification (jazz.00054.wav is corrupt there)",
-    clip_seconds=30.0,
     classes=10,
     counts={"train": 443, "valid": 197, "test": 290},
 )

@@ -9,7 +9,6 @@ from .common import Clip, Task, locate, write_manifest
 TASK = Task(
     name="nsynth",
     source="https://magenta.tensorflow.org/datasets/nsynth (json/wav)",
-    clip_seconds=4.0,
     classes=11,
     counts={"train": 289205, "valid": 12678, "test": 4096},
 )

@@ -10,7 +10,6 @@ from .common import Clip, Task, locate, write_manifest
 TASK = Task(
     name="speech_commands",
     source="http://download.tensorflow.org/data/speech_commands_v0.02.tar.gz",
-    clip_seconds=1.0,
     classes=35,
     counts={"train": 84843, "valid": 9981, "test": 11005},
 )

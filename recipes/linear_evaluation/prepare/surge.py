@@ -13,7 +13,6 @@ PRESETS = {"train": 1692, "valid": 195, "test": 197}
 TASK = Task(
     name="surge",
     source="https://zenodo.org/record/4677097",
-    clip_seconds=4.0,
     classes=PITCHES,
     counts={split: PITCHES * presets for split, presets in PRESETS.items()},
     split_option="split_csv",

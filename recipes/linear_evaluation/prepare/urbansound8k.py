@@ -8,7 +8,6 @@ from .common import Clip, Task, locate, read_table, write_manifest
 TASK = Task(
     name="urbansound8k",
     source="https://urbansounddataset.weebly.com/urbansound8k.html",
-    clip_seconds=4.0,
     classes=10,
     counts={"": 8732},
     folds=10,

@@ -10,7 +10,6 @@ SPLIT_URL = "https://www.robots.ox.ac.uk/~vgg/data/voxceleb/meta/iden_split.txt"
 TASK = Task(
     name="voxceleb1",
     source=f"https://www.robots.ox.ac.uk/~vgg/data/voxceleb/vox1.html and {SPLIT_URL}",
-    clip_seconds=8.2,
     classes=1251,
     counts={"train": 138361, "valid": 6904, "test": 8251},
 )
@@ -43,7 +42,7 @@ def prepare(data_folder, save_folder, allow_missing: bool = False, iden_split=No
     if iden_split is None:
         folder = locate(TASK, data_folder, "iden_split.txt", ("", "meta"))
         iden_split = join(data_folder, folder, "iden_split.txt")
-    home = {}  # of each speaker
+    home: dict[str, str] = {}  # of each speaker
     for folder in SPEAKER_FOLDERS:
         if os.path.isdir(join(data_folder, folder)):
             for name in os.listdir(join(data_folder, folder)):

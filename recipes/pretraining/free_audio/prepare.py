@@ -134,9 +134,15 @@ def plain_name(package: Package, path: str) -> str:
     return re.sub(r"[/_ ]", "-", name.rsplit(".", 1)[0])
 
 
+def group_of(package: Package, sound: Sound) -> str:
+    """What the first group of the package's pattern matches (a speaker, a kit), or "all"."""
+    match = re.search(package.pattern, sound.path)
+    return match[1] if match is not None and match.re.groups else "all"
+
+
 def check_held_out(folders: dict[str, Path]) -> None:
     """Every name that must stay out is that of a file: a misspelt one would let it in."""
-    found = defaultdict(set)
+    found: dict[tuple[str, ...], set[str]] = defaultdict(set)
     for package in RECORDED:
         sounds = sounds_of(replace(package, held_out=()), folders[package.name])
         found[package.held_out] |= {plain_name(package, sound.path) for sound in sounds}
@@ -262,8 +268,7 @@ def recorded_jobs(folders: dict[str, Path]) -> list[Job]:
             continue
         groups = defaultdict(list)
         for sound in sounds:
-            match = re.search(package.pattern, sound.path)
-            groups[re.sub(r"\W", "-", match[1]) if match.re.groups else "all"].append(sound)
+            groups[re.sub(r"\W", "-", group_of(package, sound))].append(sound)
         for group, members in sorted(groups.items()):
             name = f"{package.name}_{package.domain}_{group}"
             jobs.append(Job(name, package.domain, package.name, partial(joined, sounds=members)))
@@ -292,7 +297,7 @@ def rendered_jobs(folders: dict[str, Path], hours: dict[str, float]) -> list[Job
         if package.name in ("hydrogen-drumkits", "sonic-pi-samples"):
             groups = defaultdict(list)
             for sound in sounds_of(package, folders[package.name]):
-                groups[re.search(package.pattern, sound.path)[1]].append(sound)
+                groups[group_of(package, sound)].append(sound)
             kits += [
                 (package.name, group)
                 for name, group in sorted(groups.items())
@@ -317,7 +322,7 @@ def mixture_jobs(output: Path, hours: float) -> list[Job]:
 
 def rows_of(output: Path) -> list[list[str]]:
     """File, package and seconds of every piece, by file."""
-    rows = []
+    rows: list[list[str]] = []
     for path in sorted((output / "jobs").glob("*.csv")):
         with open(path, newline="", encoding="utf-8") as file:
             rows += csv.reader(file)
@@ -346,7 +351,8 @@ def run(jobs: list[Job], output: Path, seed: int, workers: int, title: str) -> N
 def table(rows: list[list[str]]) -> str:
     """Package, licence, domain, pieces and hours, in Markdown."""
     licences = {(p.name, p.domain): p.licence for p in (*RECORDED, SPEAKER)}
-    pieces, hours = Counter(), Counter()
+    pieces: Counter[tuple[str, str]] = Counter()
+    hours: dict[tuple[str, str], float] = defaultdict(float)
     for file, package, seconds in rows:
         key = (package, file.split("/")[0])
         pieces[key] += 1

@@ -3,7 +3,7 @@
 A trial is one training: a layer, a division of the clips (fold and seed). Its variants are learning
 rates and weight decays, or penalties, of which validation chooses one.
 
-protocol    what a probe is told, its trials, and what comes out
+protocol    settings of a probe, its trials and their results
 bank        features and labels that trials read from, standardised
 adam        the paper's probe and the sweep: trials and variants are batch axes of one linear model
 logistic    logistic regression by L-BFGS

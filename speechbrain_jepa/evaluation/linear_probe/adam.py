@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from speechbrain_jepa.data.crops import random_at
 from speechbrain_jepa.evaluation.linear_probe.bank import Bank
 from speechbrain_jepa.evaluation.linear_probe.protocol import Outcome, Protocol, Trial
 from speechbrain_jepa.evaluation.linear_probe.workers import ahead, beside_each_other
 
 CACHE_BYTES = 16e6  # of weights and moments that a thread keeps at hand
-INIT, ORDER = 0, 1  # what random numbers are for
+INIT, ORDER = 0, 1  # streams: independent random numbers of one seed
 
 
 def train_adam(bank: Bank, trials: list[Trial], protocol: Protocol) -> list[Outcome]:
@@ -54,9 +55,8 @@ def _groups(bank: Bank, trials: list[Trial], protocol: Protocol) -> list[list[Tr
 
 
 def _random(trial: Trial, stream: int, epoch: int = 0) -> np.random.Generator:
-    """Random numbers that belong to a seed, fold and epoch, whatever is trained beside."""
-    place = [0, trial.rows.fold or 0, epoch, 0]
-    return np.random.Generator(np.random.Philox(key=[trial.seed % 2**64, stream], counter=place))
+    """Random numbers that depend on seed, fold and epoch, and not on the trials of the group."""
+    return random_at(trial.seed, stream, trial.rows.fold or 0, epoch)
 
 
 class _Group:
@@ -78,8 +78,8 @@ class _Group:
         variants = len(protocol.variants)
         bound = 1 / math.sqrt(bank.dims)  # as torch.nn.Linear begins
         shape = (bank.num_classes, bank.dims + 1)
-        start = [_random(trial, INIT).uniform(-bound, bound, shape) for trial in self.trials]
-        start = torch.from_numpy(np.stack(start)).float().to(bank.device)[:, None]
+        drawn = [_random(trial, INIT).uniform(-bound, bound, shape) for trial in self.trials]
+        start = torch.from_numpy(np.stack(drawn)).float().to(bank.device)[:, None]
         weight, bias = start[..., :-1], start[..., -1]
         # [R, V, K, C] and [R, V, K], each followed by Adam's two moments
         self.weight = [weight.repeat(1, variants, 1, 1)]
@@ -186,7 +186,9 @@ class _Group:
         gradient *= (present / counts[:, None])[:, None, None]
         flat = gradient.flatten(1, 2)
         total = flat.sum(-1, keepdim=True)
-        change = torch.bmm(flat.to(x.dtype), x, out=used)  # the weights are done with
+        change = torch.bmm(
+            flat.to(x.dtype), x, out=used
+        )  # the copy of the weights is not needed again
         change = self._buffer("change", torch.float32, *change.shape).copy_(change)
         pairs = (change.view_as(weight), total.view(weight.shape[:3]))
         for v, variant in enumerate(self.protocol.variants):

@@ -60,7 +60,8 @@ class Bank:
 
     def _statistics(self, layer: int, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Mean and one over the deviation of each feature, merged over blocks of rows."""
-        count, mean, squares = 0, 0.0, 0.0
+        count = 0
+        mean = squares = torch.zeros(self.dims, dtype=torch.float64, device=self.device)
         for start in range(0, len(rows), BLOCK_ROWS):
             block = self._read(layer, rows[start : start + BLOCK_ROWS])
             block_mean = block.mean(0)
@@ -118,7 +119,7 @@ class Bank:
 
     def losses(self, blocks: Iterable[Block], weight: Tensor, bias: Tensor) -> Tensor:
         """Cross entropy of each variant [V], summed over clips."""
-        total = 0.0
+        total = weight.new_zeros(len(weight), dtype=torch.float64)
         for logits, y in _logits(blocks, weight, bias):
             if self.multilabel:
                 y = y[:, None].expand_as(logits)
@@ -135,7 +136,7 @@ class Bank:
             logits, targets = map(torch.cat, zip(*_logits(blocks, weight, bias)))
             precisions = [metrics.average_precisions(x, targets) for x in logits.unbind(1)]
             return torch.tensor(np.nanmean(precisions, 1), device=self.device)
-        hits = count = 0
+        hits, count = weight.new_zeros(len(weight), dtype=torch.int64), 0
         for logits, y in _logits(blocks, weight, bias):
             hits = hits + (logits.argmax(-1) == y[:, None]).sum(0)
             count += len(y)

@@ -31,11 +31,9 @@ def average_precisions(logits: Tensor, targets: Tensor) -> np.ndarray:
     >>> average_precisions(logits, torch.tensor([[1], [0], [1], [0]])).round(4)  # (1 + 2/3) / 2
     array([0.8333])
     """
-    logits, targets = logits.cpu().numpy(), targets.cpu().numpy()
-    found = np.full(targets.shape[1], np.nan)
-    present = targets.any(0)
+    scores, hits = logits.cpu().numpy(), targets.cpu().numpy()
+    found = np.full(hits.shape[1], np.nan)
+    present = hits.any(0)
     if present.any():
-        found[present] = average_precision_score(
-            targets[:, present], logits[:, present], average=None
-        )
+        found[present] = average_precision_score(hits[:, present], scores[:, present], average=None)
     return found

@@ -27,15 +27,16 @@ def _score(bank: Bank, scale: Scale, test: np.ndarray, neighbours: int) -> float
         for number, (x, _) in enumerate(tests):
             similarity = F.normalize(x) @ train
             best = similarity.topk(min(neighbours, similarity.shape[1]))
-            found = best.values, labels[best.indices]
+            values, votes = best.values, labels[best.indices]
             if nearest[number] is not None:
-                found = [torch.cat(pair, 1) for pair in zip(nearest[number], found)]
-                best = found[0].topk(min(neighbours, found[0].shape[1]))
-                found = best.values, found[1].gather(1, best.indices)
-            nearest[number] = found
+                pairs = zip(nearest[number], (values, votes))
+                values, votes = (torch.cat(pair, 1) for pair in pairs)
+                best = values.topk(min(neighbours, values.shape[1]))
+                values, votes = best.values, votes.gather(1, best.indices)
+            nearest[number] = values, votes
     hits = 0
     for (similarity, labels), (_, y) in zip(nearest, tests):
         votes = torch.zeros(len(y), bank.num_classes, device=bank.device)
         votes.scatter_add_(1, labels, 1 + 1e-3 * similarity)  # of equals, the nearest
-        hits += (votes.argmax(1) == y).sum().item()
+        hits += int((votes.argmax(1) == y).sum())
     return hits / len(test)

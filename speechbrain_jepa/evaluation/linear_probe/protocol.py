@@ -1,4 +1,4 @@
-"""What a probe is told, what it trains, and what comes out."""
+"""Settings of a probe, its trials and their results."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -108,7 +108,7 @@ class Trial:
 
 @dataclass
 class Outcome:
-    """What became of a trial.
+    """The result of a trial.
 
     Arguments
     ---------

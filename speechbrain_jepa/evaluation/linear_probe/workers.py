@@ -1,4 +1,4 @@
-"""Threads: trainings beside each other, and the next item while one is used."""
+"""Threads: several trainings at once, and the next item made while one is used."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +20,7 @@ def beside_each_other(function: Callable, items: Iterable, threads: int) -> list
 
 
 def ahead(items: Iterable) -> Iterator:
-    """The items, the next of which is being made in a thread while one is used."""
+    """The items; a thread makes the next one while one is used."""
     items = iter(items)
     with ThreadPoolExecutor(1) as reader:
         pending = reader.submit(next, items, None)
