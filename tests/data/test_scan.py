@@ -201,6 +201,7 @@ DAMAGES = {
     "unused is no list": ("manifest.json", with_state(unused=7)),
     "unused is odd": ("manifest.json", with_state(unused=[["a", 1]])),
     "unused is null": ("manifest.json", with_state(unused=[[["a", None, 1], "bad"]])),
+    "unused is infinite": ("manifest.json", with_state(unused=[[["a", 1, 1], [float("inf"), 1]]])),
     "no array": ("length.npy", lambda path: path.unlink()),
     "half an array": ("length.npy", truncate),
     "an empty array": ("length.npy", lambda path: path.write_bytes(b"")),
