@@ -1,33 +1,64 @@
-"""The script that compares read-outs, on an encoder and a label set that the test makes."""
+"""The comparison of read-outs: what each row is of."""
 
 import importlib.util
 from pathlib import Path
 
+import numpy as np
+import pytest
+import soundfile
 import torch
 
-from speechbrain_jepa.checkpoints import save_pretrained
+from speechbrain_jepa import AudioJEPA
 from speechbrain_jepa.features import Normalization
 from speechbrain_jepa.vit import Encoder, PatchGrid
 
 SCRIPT = Path(__file__).parents[2] / "recipes" / "pretraining" / "probe_layers.py"
 
 
-def test_every_read_out_has_a_row(audio_folder, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def script():
     spec = importlib.util.spec_from_file_location("probe_layers", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    rows = ["file,split,register"]
-    for number in range(24):
-        split, register = "train" if number % 3 else "test", "high" if number > 11 else "low"
-        rows.append(f"{audio_folder}/tone_{number:02d}.flac,{split},{register}")
-    (tmp_path / "meta.csv").write_text("\n".join(rows))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def source():
     torch.manual_seed(0)
-    encoder = Encoder(PatchGrid(frames=64), dim=24, depth=2, num_heads=3)
-    save_pretrained(tmp_path / "tiny", encoder, Normalization(-9.0, 4.0))
-    script.main([str(tmp_path / "tiny"), "--tasks_folder", str(tmp_path)])
-    printed = capsys.readouterr().out
-    for layer in range(3):
-        assert f"layer {layer}, mean " in printed
-    for name in ("last layer, mean and deviation", "all layers, mean and deviation"):
-        assert name in printed
-    assert "register" in printed
+    encoder = Encoder(PatchGrid(frames=208), dim=24, depth=2, num_heads=3)
+    return encoder, Normalization(-7.06, 4.19)
+
+
+def test_statistics_are_those_of_each_clip_alone(script, source):
+    rng = np.random.default_rng(0)
+    wavs = [rng.normal(0, 0.1, n).astype(np.float32) for n in (16_000, 50_000, 3_000)]
+    ours = script.statistics(AudioJEPA(source, output_all_hiddens=True), wavs)
+    assert ours.shape == (3, 3, 2, 120)
+    for wav, rows in zip(wavs, ours):
+        wav = torch.from_numpy(wav)[None]
+        np.testing.assert_allclose(rows[-1, 0], AudioJEPA(source).embed(wav)[0], atol=1e-5)
+        steps = AudioJEPA(source)(wav)[0].numpy()
+        np.testing.assert_allclose(rows[-1, 1], steps.std(0), atol=1e-5)
+
+
+def test_every_read_out_is_a_row_of_the_table(script, source, tmp_path, capsys):
+    AudioJEPA(source).save_pretrained(tmp_path / "encoder")
+    rows = ["file,split,label"]
+    for number in range(12):
+        tone = np.sin(np.arange(8_000) * (0.1 if number % 2 else 0.7)) * 0.3
+        soundfile.write(tmp_path / f"{number}.wav", tone, 16_000)
+        split = "test" if number > 7 else "train"
+        rows.append(f"{number}.wav,{split},{'low' if number % 2 else 'high'}")
+    (tmp_path / "meta.csv").write_text("\n".join(rows))
+    script.main([str(tmp_path / "encoder"), "--tasks_folder", str(tmp_path)])
+    table = capsys.readouterr().out
+    assert [line.split("  ")[0] for line in table.splitlines()[2:]] == [
+        "layer 0, mean",
+        "layer 1, mean",
+        "layer 2, mean",
+        "last layer, mean and deviation",
+        "all layers, mean",
+        "all layers, mean and deviation",
+    ]
+    assert table.count("100.0") == 12  # tones a linear probe tells apart, and the average
