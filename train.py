@@ -9,7 +9,6 @@ work as everywhere. Started again with the same command, a run continues where i
 """
 
 import contextlib
-import inspect
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -37,20 +36,12 @@ from speechbrain_jepa.data import (
     scan_folder,
     split_held_out,
 )
+from speechbrain_jepa.description import describe_training
 from speechbrain_jepa.files import folder_lock, full_disk_named, write_text
 from speechbrain_jepa.recipe import resolve_recipe
 
 logger = get_logger("speechbrain_jepa.train")
 
-RUN_OPTIONS = (  # of SpeechBrain's, those that change what is learned
-    "precision",
-    "eval_precision",
-    "grad_accumulation_factor",
-    "optimizer_step_limit",
-    "max_grad_norm",
-    "nonfinite_patience",
-    "remove_vector_weight_decay",
-)
 SPLIT = "split"  # folder of the two manifests that this run trains and validates on
 
 
@@ -122,44 +113,6 @@ def find_normalization(hparams, dataset):
 
     normalization.fit(spectrograms())
     return normalization.mean.item(), normalization.std.item()
-
-
-def describe_object(thing):
-    """Name of its class, and what its constructor was given in numbers and words."""
-    settings = {"class": type(thing).__name__}
-    for name in inspect.signature(type(thing)).parameters:
-        value = getattr(thing, name, None)
-        if isinstance(value, (list, tuple)):
-            value = list(value)
-        if isinstance(value, (str, int, float, bool, list)):
-            settings[name] = value
-    return settings
-
-
-def describe_training(hparams, brain):
-    """What the model card says about how the encoder was trained, by what runs: the plain values of
-    the yaml, the run options as the brain has them, and the objects' own numbers."""
-    plain = (str, int, float, bool, type(None))
-    places = ("data_folder", "train_csv", "output_folder", "save_folder", "cache_folder")
-    training = {
-        name: value
-        for name, value in hparams.items()
-        if isinstance(value, plain) and not name.startswith("_") and name not in places
-    }
-    objects = {
-        "loss": brain.jepa.loss,
-        "masking": hparams["masking"],
-        "learning_rate_schedule": hparams["learning_rate_schedule"],
-        "ema_schedule": hparams["ema_schedule"],
-        "regularizer": brain.jepa.regularizer,
-    }
-    return {
-        **{name: describe_object(thing) for name, thing in objects.items() if thing is not None},
-        "global_batch": brain.global_batch,
-        "processes": brain.world_size,
-        **training,
-        **{name: getattr(brain, name) for name in RUN_OPTIONS},
-    }
 
 
 @main_process_only

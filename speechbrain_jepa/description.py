@@ -1,0 +1,69 @@
+"""What config.json and the model card say of a training run: what ran, not what was asked for."""
+
+import inspect
+
+RUN_OPTIONS = (  # of SpeechBrain's, those that change what is learned
+    "precision",
+    "eval_precision",
+    "grad_accumulation_factor",
+    "optimizer_step_limit",
+    "max_grad_norm",
+    "nonfinite_patience",
+    "remove_vector_weight_decay",
+)
+PLACES = ("data_folder", "train_csv", "output_folder", "save_folder", "cache_folder")
+PLAIN = (str, int, float, bool, type(None))
+
+
+def describe_object(thing) -> dict:
+    """Name of its class, and what its constructor was given in numbers and words.
+
+    Example
+    -------
+    >>> from speechbrain_jepa.losses import SmoothL1
+    >>> describe_object(SmoothL1(beta=0.5))
+    {'class': 'SmoothL1', 'beta': 0.5}
+    """
+    settings: dict = {"class": type(thing).__name__}
+    for name in inspect.signature(type(thing)).parameters:
+        value = getattr(thing, name, None)
+        if isinstance(value, list | tuple):
+            value = list(value)
+        if isinstance(value, str | int | float | bool | list):
+            settings[name] = value
+    return settings
+
+
+def describe_training(hparams: dict, brain) -> dict:
+    """Plain values of the yaml, the objects' own numbers, and the run options as the brain has them.
+
+    Arguments
+    ---------
+    hparams : dict
+        Of the recipe. Folders of the machine are left out.
+    brain : JEPABrain
+
+    Returns
+    -------
+    dict
+        For the section `training` of config.json.
+    """
+    objects = {
+        "loss": brain.jepa.loss,
+        "masking": hparams["masking"],
+        "learning_rate_schedule": hparams["learning_rate_schedule"],
+        "ema_schedule": hparams["ema_schedule"],
+        "regularizer": brain.jepa.regularizer,
+    }
+    plain = {
+        name: value
+        for name, value in hparams.items()
+        if isinstance(value, PLAIN) and not name.startswith("_") and name not in PLACES
+    }
+    return {
+        **{name: describe_object(thing) for name, thing in objects.items() if thing is not None},
+        "global_batch": brain.global_batch,
+        "processes": brain.world_size,
+        **plain,
+        **{name: getattr(brain, name) for name in RUN_OPTIONS},
+    }
