@@ -298,6 +298,7 @@ def embed_files(
         "flat": model.flat,
         "output_norm": model.output_norm,
         "normalization": model.normalize,
+        "step_seconds": model.step_seconds,
         "encoder": _fingerprint(model),
     }
     out = Path(out)
@@ -401,6 +402,7 @@ def main(arguments=None) -> None:
     add("audio", nargs="*", help="audio files, and folders to search")
     add("--out", required=True, help="output file: .npz, .npy or .csv")
     add("--level", choices=LEVELS, default="clip", help="one embedding a file or a time step")
+    add("--step", type=float, help="seconds of a time step, finer than the encoder's own")
     add("--flat", action="store_true", help="average frequency patches, not concatenate")
     add("--normalization", choices=NORMALIZATIONS, default="pretraining")
     add("--precision", choices=PRECISIONS, default="fp32")
@@ -416,6 +418,7 @@ def main(arguments=None) -> None:
             options.encoder,
             flat=options.flat,
             normalization=options.normalization,
+            step_seconds=options.step,
             device=options.device,
         )
         done, skipped = embed_files(

@@ -1,11 +1,12 @@
 """AudioJEPA: waveforms in, embeddings out, in place of SpeechBrain's Wav2Vec2.
 
-Shapes: B clips, W windows of all of them, F frequency and T time patches, D dims, L = 1 + depth
-layers; C = F * D dims of a time step, or D with `flat`.
+Shapes: B clips, K shifts, W windows of all of them, F frequency and T time patches, D dims,
+L = 1 + depth layers; C = F * D dims of a time step, or D with `flat`.
 
 A clip of n samples has T = ceil(n / downsample_rate) time steps. It is cut into windows of the
 training length (`speechbrain_jepa.windows`), each encoded on its own, so that nothing of its
-output depends on the batch.
+output depends on the batch. With `step_seconds` K shifted copies of it are, and their time steps
+interleaved.
 """
 
 import copy
@@ -22,7 +23,13 @@ from torch.utils.checkpoint import checkpoint
 from speechbrain_jepa.attention import check_attention
 from speechbrain_jepa.checkpoints import load_pretrained, save_pretrained
 from speechbrain_jepa.features import HOP_LENGTH, SAMPLE_RATE, LogMelSpectrogram
-from speechbrain_jepa.windows import WindowBatch, Windows, cut_into_windows
+from speechbrain_jepa.windows import (
+    WindowBatch,
+    Windows,
+    count_shifts,
+    cut_into_windows,
+    lead_frames,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +91,11 @@ class AudioJEPA(nn.Module):
         Default False.
     attention : str
         "auto", "flash_attn" or "sdpa" (see `speechbrain_jepa.attention`). Default "auto".
+    step_seconds : float or None
+        Duration of a time step, for finer ones than the encoder was trained with: that of a time
+        patch over K, in whole frames, so 0.16, 0.08, 0.04, 0.02 or 0.01 with patches of 16. The
+        encoder sees the clip K times, at K times the compute (docs/embeddings.md). Default None:
+        a time patch.
     device : str or torch.device or None
         Where to put the module. Default: where the encoder is, for one from disk the CPU.
     **ignored
@@ -106,6 +118,9 @@ class AudioJEPA(nn.Module):
     torch.Size([2, 19, 240])
     >>> model.embed(wav, wav_lens).shape
     torch.Size([2, 240])
+    >>> model = AudioJEPA((encoder, Normalization(-7.06, 4.19)), step_seconds=0.04)
+    >>> model(wav, wav_lens).shape  # 48000 / 640
+    torch.Size([2, 75, 240])
     """
 
     def __init__(
@@ -124,6 +139,7 @@ class AudioJEPA(nn.Module):
         max_windows_per_batch=128,
         gradient_checkpointing=False,
         attention="auto",
+        step_seconds=None,
         device=None,
         **ignored,
     ):
@@ -143,6 +159,7 @@ class AudioJEPA(nn.Module):
         else:
             self.encoder, self.normalization, self.description = load_pretrained(source, save_path)
         self.features = LogMelSpectrogram()
+        self.shifts = count_shifts(self.encoder.grid, step_seconds)
         self.output_norm = output_norm
         self.output_all_hiddens = output_all_hiddens
         self.flat = flat
@@ -190,8 +207,13 @@ class AudioJEPA(nn.Module):
 
     @property
     def downsample_rate(self) -> int:
-        """Samples of one time step: patch_time * hop."""
-        return self.encoder.grid.patch_time * HOP_LENGTH
+        """Samples of one time step: patch_time / K * hop."""
+        return self.encoder.grid.patch_time // self.shifts * HOP_LENGTH
+
+    @property
+    def step_seconds(self) -> float:
+        """Duration of one time step."""
+        return self.downsample_rate / SAMPLE_RATE
 
     @property
     def num_layers(self) -> int:
@@ -217,10 +239,11 @@ class AudioJEPA(nn.Module):
         Returns
         -------
         Tensor [T], float32
-            Centre of each time patch, the mean of its frames' centres, in seconds.
+            Centre of each step's time patch, the mean of its frames' centres, in seconds.
         """
-        patch_time = self.encoder.grid.patch_time
-        frames = torch.arange(num_steps) * patch_time + (patch_time - 1) / 2
+        grid = self.encoder.grid
+        first = (grid.patch_time - 1) / 2 - lead_frames(grid, self.shifts)
+        frames = torch.arange(num_steps) * (grid.patch_time // self.shifts) + first
         return frames * (HOP_LENGTH / SAMPLE_RATE)
 
     def forward(self, wav: Tensor, wav_lens: Tensor | None = None) -> Tensor:
@@ -245,7 +268,9 @@ class AudioJEPA(nn.Module):
         with self._grad_mode():
             clips = self._cut(wav, wav_lens)
             out = self._over_windows(clips, lambda steps: steps, clips.longest)
-            out = out.flatten(-3, -2)[..., : clips.num_steps, :].contiguous()
+            shifts = out.unflatten(-3, (self.shifts, -1)).flatten(-3, -2)  # [..., B, K, T', C]
+            out = shifts.transpose(-3, -2).flatten(-3, -2)  # step K * m + i is patch m of shift i
+            out = out[..., : clips.num_steps, :].contiguous()
             return self._normalize(out, clips.steps) if self.output_norm else out
 
     def embed(self, wav: Tensor, wav_lens: Tensor | None = None) -> Tensor:
@@ -306,7 +331,8 @@ class AudioJEPA(nn.Module):
         count = total = squares = 0.0
         seen = 0
         for wav, wav_lens in _batches(source, max_clips, num_workers):
-            clips = self._cut(wav.to(self.normalization.mean.device), wav_lens)
+            # the pair is the same for any step, and costs the same
+            clips = self._cut(wav.to(self.normalization.mean.device), wav_lens, shifts=1)
             sums = clips.log_mel_sums(self.features).sum(1).tolist()
             count, total, squares = count + sums[0], total + sums[1], squares + sums[2]
             seen += len(wav)
@@ -341,8 +367,9 @@ class AudioJEPA(nn.Module):
     def _grad_mode(self):
         return torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze)
 
-    def _cut(self, wav: Tensor, wav_lens: Tensor | None) -> Windows:
-        return cut_into_windows(wav, wav_lens, self.encoder.grid, self.max_windows_per_batch)
+    def _cut(self, wav: Tensor, wav_lens: Tensor | None, shifts: int | None = None) -> Windows:
+        grid, shifts = self.encoder.grid, shifts or self.shifts
+        return cut_into_windows(wav, wav_lens, grid, self.max_windows_per_batch, shifts)
 
     def _spectrograms(self, clips: Windows) -> Iterator[tuple[WindowBatch, Tensor]]:
         """Windows of similar length with their normalised spectrogram."""
@@ -362,7 +389,8 @@ class AudioJEPA(nn.Module):
     def _over_windows(self, clips: Windows, reduce, steps: int) -> Tensor:
         """`reduce` of every window's output [..., W, T', C], at most `steps` long, at its place.
 
-        Returns [..., B, windows, steps, what `reduce` leaves of C], zeros where there is nothing.
+        Returns [..., B, K * windows, steps, what `reduce` leaves of C], zeros where there is
+        nothing.
         """
         frequency_patches = self.encoder.grid.frequency_patches
         out: Tensor | None = None
@@ -375,10 +403,12 @@ class AudioJEPA(nn.Module):
             tokens = tokens.unflatten(-2, (frequency_patches, -1)).transpose(-3, -2)
             value = reduce(tokens.mean(-2) if self.flat else tokens.flatten(-2))
             if out is None:
-                shape = (len(clips.samples), clips.per_clip, steps, value.shape[-1])
+                rows = self.shifts * clips.per_shift
+                shape = (len(clips.samples), rows, steps, value.shape[-1])
                 out = value.new_zeros(*value.shape[:-3], *shape)
-            clip, number = windows.clip.to(value.device), windows.number.to(value.device)
-            out[..., clip, number, : value.shape[-2], :] = value
+            row = windows.shift * clips.per_shift + windows.number
+            clip, row = windows.clip.to(value.device), row.to(value.device)
+            out[..., clip, row, : value.shape[-2], :] = value
         assert out is not None  # a batch has a clip, and a clip a window
         return out
 

@@ -32,7 +32,7 @@ def load_model(model_file_path: str = "", **options) -> HearModel:
         A pretrained folder, an experiment folder or a Hugging Face repo id. Default: the encoder
         that comes with the package.
     **options
-        For `AudioJEPA`: flat, normalization, max_windows_per_batch, attention, ...
+        For `AudioJEPA`: step_seconds, flat, normalization, max_windows_per_batch, ...
 
     Returns
     -------

@@ -304,7 +304,8 @@ def labelled_folder(folder):
 
 @pytest.mark.parametrize("normalization", ["pretraining", "dataset", "instance"])
 @pytest.mark.parametrize(
-    "options", [{}, {"output_all_hiddens": True, "flat": True, "output_norm": True}]
+    "options",
+    [{}, {"output_all_hiddens": True, "flat": True, "output_norm": True}, {"step_seconds": 0.04}],
 )
 def test_audio_jepa_gives_on_a_device_what_it_gives_on_the_cpu(gpu, normalization, options):
     rtol, atol = (1e-3, 1e-3) if gpu else (1e-4, 1e-5)  # FFTs differ by more than roundoff

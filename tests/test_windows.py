@@ -18,7 +18,7 @@ def test_every_time_step_of_every_clip_is_in_one_window():
     covered = [
         (clip, 13 * number + step)
         for batch in windows.batches
-        for clip, number, patches in zip(*map(torch.Tensor.tolist, vars(batch).values()))
+        for clip, _, number, patches in zip(*map(torch.Tensor.tolist, vars(batch).values()))
         for step in range(patches)
     ]
     assert sorted(covered) == [

@@ -10,7 +10,14 @@ from speechbrain_jepa.checkpoints import find_folder
 from speechbrain_jepa.s3prl.expert import UpstreamExpert as _UpstreamExpert
 from speechbrain_jepa.s3prl.sources import download, is_url
 
-__all__ = ["audio_jepa", "audio_jepa_hf", "audio_jepa_local", "audio_jepa_url"]
+__all__ = [
+    "audio_jepa",
+    "audio_jepa_20ms",
+    "audio_jepa_40ms",
+    "audio_jepa_hf",
+    "audio_jepa_local",
+    "audio_jepa_url",
+]
 
 
 def audio_jepa(ckpt=None, **options):
@@ -22,6 +29,16 @@ def audio_jepa(ckpt=None, **options):
     if Path(ckpt).expanduser().exists():
         return audio_jepa_local(ckpt, **options)
     return audio_jepa_hf(ckpt, **options)
+
+
+def audio_jepa_20ms(ckpt=None, **options):
+    """As `audio_jepa`, with time steps of 20 ms."""
+    return audio_jepa(ckpt, step_seconds=0.02, **options)
+
+
+def audio_jepa_40ms(ckpt=None, **options):
+    """As `audio_jepa`, with time steps of 40 ms."""
+    return audio_jepa(ckpt, step_seconds=0.04, **options)
 
 
 def audio_jepa_local(ckpt, refresh=False, **options):

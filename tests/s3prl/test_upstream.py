@@ -39,7 +39,8 @@ def test_entries_are_on_the_hub():
     from s3prl.nn import S3PRLUpstream
 
     names = {name for name in S3PRLUpstream.available_names() if "jepa" in name}
-    assert names == {"audio_jepa", "audio_jepa_local", "audio_jepa_url", "audio_jepa_hf"}
+    entries = ("", "_20ms", "_40ms", "_hf", "_local", "_url")
+    assert names == {f"audio_jepa{entry}" for entry in entries}
     assert all(callable(getattr(hub, name)) for name in names)
 
 
@@ -67,6 +68,22 @@ def test_gradients_under_anomaly_detection(model, count, longest):
         layers, _ = model(*pseudo_wavs(n=count, min_secs=SHORTEST, max_secs=longest))
         sum(layer.sum() for layer in layers).backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("entry", "rate"), [("audio_jepa_20ms", 320), ("audio_jepa_40ms", 640)])
+def test_finer_steps_from_the_same_weights(entry, rate, encoder_folder):
+    from s3prl.nn import Featurizer, S3PRLUpstream
+
+    upstream = S3PRLUpstream(entry, path_or_url=str(encoder_folder))
+    wavs, wavs_len = pseudo_wavs(n=3, min_secs=SHORTEST, max_secs=4)
+    features, lengths = Featurizer(upstream)(*upstream(wavs, wavs_len))
+    assert upstream.downsample_rates == [rate] * 3
+    assert lengths.tolist() == [math.ceil(samples / rate) for samples in wavs_len.tolist()]
+    assert features.shape == (3, max(lengths), 240)
+    by_option = S3PRLUpstream(
+        "audio_jepa", path_or_url=str(encoder_folder), extra_conf={"step_seconds": rate / RATE}
+    )
+    torch.testing.assert_close(by_option(wavs, wavs_len)[0], upstream(wavs, wavs_len)[0])
 
 
 def test_shorter_than_s3prl_allows(model):

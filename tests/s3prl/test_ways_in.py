@@ -8,7 +8,7 @@ import pytest
 from speechbrain_jepa.s3prl import startup
 
 LAUNCHER = ("-m", "speechbrain_jepa.s3prl")
-ENTRIES = "audio_jepa", "audio_jepa_hf", "audio_jepa_local", "audio_jepa_url"
+ENTRIES = tuple(f"audio_jepa{entry}" for entry in ("", "_20ms", "_40ms", "_hf", "_local", "_url"))
 IMPORT_HUB = "import s3prl.hub; print(*sorted(n for n in vars(s3prl.hub) if 'jepa' in n))"
 
 
