@@ -35,7 +35,7 @@ def describe_object(thing) -> dict:
 
 
 def describe_training(hparams: dict, brain) -> dict:
-    """Plain values of the yaml, the objects' own numbers, and the run options as the brain has them.
+    """Plain values of the yaml, the objects' own numbers, the run options that the brain has.
 
     Arguments
     ---------
