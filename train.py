@@ -37,7 +37,7 @@ from speechbrain_jepa.data import (
     scan_folder,
     split_held_out,
 )
-from speechbrain_jepa.files import folder_lock, write_text
+from speechbrain_jepa.files import folder_lock, full_disk_named, write_text
 from speechbrain_jepa.recipe import resolve_recipe
 
 logger = get_logger("speechbrain_jepa.train")
@@ -51,10 +51,12 @@ RUN_OPTIONS = (  # of SpeechBrain's, those that change what is learned
     "nonfinite_patience",
     "remove_vector_weight_decay",
 )
+SPLIT = "split"  # folder of the two manifests that this run trains and validates on
 
 
 def prepare_manifests(hparams):
-    """Find the audio and set some files aside; both parts are left in the cache folder."""
+    """Find the audio and set some files aside; both parts are left in the output folder, for the
+    cache folder may be shared by runs that set aside others."""
     options = {name: hparams[name] for name in ("data_folder", "cache_folder", "min_seconds")}
     if hparams["train_csv"] is not None:
         manifest, skipped = read_csv(hparams["train_csv"], **options)
@@ -74,7 +76,7 @@ def prepare_manifests(hparams):
             part = decode_once(part, hparams["data_folder"], cache_folder / "decoded", skipped)
         if name == "valid":
             part = cut_segments(part, hparams["crop_frames"])
-        part.save(cache_folder / name)
+        part.save(Path(hparams["output_folder"]) / SPLIT / name)
 
 
 def make_loaders(hparams):
@@ -86,7 +88,7 @@ def make_loaders(hparams):
         ("valid", {"shuffle": False}),  # every process sees all of it and comes to the same rank
     ):
         dataset = CropDataset(
-            Manifest.load(Path(hparams["cache_folder"]) / name),
+            Manifest.load(Path(hparams["output_folder"]) / SPLIT / name),
             hparams["data_folder"],
             hparams["crop_frames"],
             hparams["seed"],
@@ -111,8 +113,14 @@ def find_normalization(hparams, dataset):
     normalization, features = hparams["normalization"], hparams["features"]
     sampler = CropSampler(len(dataset), 32, hparams["seed"], passes=hparams["passes_per_epoch"])
     batches = -(-hparams["norm_crops"] // 32)
-    crops = (dataset.__getitems__(keys).wav for keys, _ in zip(sampler, range(batches)))
-    normalization.fit(features(wav, margins=True) for wav in crops)
+
+    def spectrograms():
+        for keys, _ in zip(sampler, range(batches)):
+            batch = dataset.__getitems__(keys)
+            hparams["skipped_files"].report(batch.failures)
+            yield features(batch.wav, margins=True)
+
+    normalization.fit(spectrograms())
     return normalization.mean.item(), normalization.std.item()
 
 
@@ -168,7 +176,8 @@ def finish(hparams, brain):
 
 def pretrain(hparams, recipe, run_opts):
     """The whole run, in an output folder that nobody else works in."""
-    sb.create_experiment_directory(hparams["output_folder"])
+    with full_disk_named(hparams["output_folder"]):
+        sb.create_experiment_directory(hparams["output_folder"])
     run_on_main(write_text, [Path(hparams["output_folder"]) / "hyperparams.yaml", recipe])
 
     if hparams["online_probe_csv"] is not None:
@@ -183,8 +192,8 @@ def pretrain(hparams, recipe, run_opts):
         logger.info(f"Demo corpus: {hparams['data_folder']}")
     run_on_main(prepare_manifests, [hparams])
     train_loader, valid_loader = make_loaders(hparams)
-    hparams["normalization"].set(*find_normalization(hparams, train_loader.dataset))
     hparams["skipped_files"] = SkippedFiles(Path(hparams["cache_folder"]) / "skipped.csv")
+    hparams["normalization"].set(*find_normalization(hparams, train_loader.dataset))
     if hparams["use_tensorboard"]:
         from speechbrain.utils.train_logger import TensorboardLogger
 

@@ -17,6 +17,7 @@ MODULES = (
     "vit",
     "masking",
     "losses",
+    "regularizers",
     "schedules",
     "jepa",
     "checkpointer",

@@ -16,10 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from speechbrain_jepa.cpu import HALF, LONGEST_MATMUL_ROW, MatmulAttention
+
 CHOICES = ("auto", "flash_attn", "sdpa")
-LONGEST_MATMUL_ROW = 128  # tokens: above, the K x K scores outgrow the cache and sdpa wins
-SHORTEST_HALF_SOFTMAX_ROW = 64  # tokens: below, softmax is faster in float32, copies included
-HALF = (torch.float16, torch.bfloat16)
 FLASH_ATTN = {  # modules that serve, best first: least compute capability of the backward pass
     "flash_attn.flash_attn_interface": (8, 0),
     "flash_attn.cute": (9, 0),
@@ -192,7 +191,7 @@ class Rows:
     def attend(self, qkv: Tensor, num_heads: int) -> Tensor:
         """Queries, keys and values side by side [..., 3 D] to attended values [..., D]."""
         if self.backend == "matmul":
-            return _MatmulAttention.apply(qkv, num_heads, self.key_mask)
+            return MatmulAttention.apply(qkv, num_heads, self.key_mask)
         q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(-3)  # [..., heads, head_dim]
         if self.backend == "sdpa":
             q, k, v = (part.transpose(1, 2) for part in (q, k, v))
@@ -213,58 +212,3 @@ class Rows:
             out = flash.flash_attn_func(q, k, v)
         out = out[0] if isinstance(out, tuple) else out  # some versions return (out, lse)
         return out.flatten(-2)
-
-
-class _MatmulAttention(torch.autograd.Function):
-    """Attention of short rows by batched matrix products, heads as extra rows of the batch.
-
-    Written out because autograd of the same lines copies queries, keys and values apart and
-    together again, and keeps the scores from before the softmax. Short rows go through float32's
-    softmax: its half-precision kernel works on scalars where a vector register is not filled.
-    """
-
-    @staticmethod
-    def forward(ctx, qkv: Tensor, num_heads: int, key_mask: Tensor | None) -> Tensor:
-        heads = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).contiguous()
-        q, k, v = heads.flatten(1, 2)  # [B * heads, K, head_dim] each
-        scores = _scaled_bmm(q, k.transpose(1, 2), q.shape[-1] ** -0.5)
-        if key_mask is not None:
-            scores.unflatten(0, (-1, num_heads)).add_(key_mask)
-        weights = scores.softmax(-1, dtype=_softmax_dtype(scores)).to(qkv.dtype)
-        out = torch.bmm(weights, v)
-        ctx.save_for_backward(heads, weights)
-        return out.unflatten(0, (-1, num_heads)).transpose(1, 2).flatten(-2)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):
-        heads, weights = ctx.saved_tensors
-        _, rows, num_heads, length, head_dim = heads.shape
-        scale = head_dim**-0.5
-        q, k, v = heads.flatten(1, 2)
-        grad = grad.unflatten(-1, (num_heads, head_dim)).transpose(1, 2).reshape(v.shape)
-        grad_weights = torch.bmm(grad, v.transpose(1, 2))
-        dtype = _softmax_dtype(weights)
-        grad_scores = torch._softmax_backward_data(
-            grad_weights.to(dtype), weights.to(dtype), -1, dtype
-        ).to(grad.dtype)
-        grad_heads = torch.empty_like(heads)
-        grad_q, grad_k, grad_v = grad_heads.flatten(1, 2)
-        _scaled_bmm(grad_scores, k, scale, out=grad_q)
-        _scaled_bmm(grad_scores.transpose(1, 2), q, scale, out=grad_k)
-        torch.bmm(weights.transpose(1, 2), grad, out=grad_v)
-        grad_qkv = grad_heads.permute(1, 3, 0, 2, 4).reshape(rows, length, -1)
-        return grad_qkv, None, None
-
-
-def _softmax_dtype(scores: Tensor) -> torch.dtype:
-    """The scores' own where its kernel is as fast (it sums in float32 either way), else float32."""
-    if scores.shape[-1] >= SHORTEST_HALF_SOFTMAX_ROW:
-        return scores.dtype
-    return torch.promote_types(scores.dtype, torch.float32)
-
-
-def _scaled_bmm(left: Tensor, right: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
-    """scale * left @ right in one pass."""
-    ignored = left.new_empty(())  # beta = 0: never read
-    return torch.baddbmm(ignored, left, right, beta=0, alpha=scale, out=out)

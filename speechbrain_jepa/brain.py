@@ -17,6 +17,7 @@ from speechbrain.utils.distributed import if_main_process, main_process_only
 from speechbrain.utils.logger import get_logger
 
 from speechbrain_jepa.attention import choose_backend
+from speechbrain_jepa.files import full_disk_named
 from speechbrain_jepa.masking import PatchMasks
 from speechbrain_jepa.monitors import (
     CollapseAlarm,
@@ -196,6 +197,7 @@ class JEPABrain(sb.Brain):
 
     def compute_forward(self, batch, stage):
         """Log-mel, normalisation, masks and the JEPA's forward pass."""
+        self._report_skipped(batch)
         batch = batch.to(self.device)
         with torch.no_grad():
             spectrogram = self.modules.features(batch.wav, margins=True)
@@ -213,7 +215,6 @@ class JEPABrain(sb.Brain):
     def fit_batch(self, batch):
         """One batch, and every `grad_accumulation_factor` batches an optimiser step."""
         self.interval.batch_arrived()
-        self._report_skipped(batch)
         should_step = self.step % self.grad_accumulation_factor == 0
         self.on_fit_batch_start(batch, should_step)
         with self.no_sync(not should_step):
@@ -225,7 +226,7 @@ class JEPABrain(sb.Brain):
             poison = 0 * loss.detach()
             if (self.step - 1) % self.grad_accumulation_factor == 0:
                 # not right after the step: memory that is free for a whole forward pass goes back
-                # to the system, and comes again page by page, which costs a tenth of a small step
+                # to the system, and comes again page by page: 658 against 625 ms of ViT-Tiny's step
                 self.optimizer.zero_grad()
             self.scaler.scale(loss / self.grad_accumulation_factor + poison * loss).backward()
         if should_step:
@@ -281,17 +282,15 @@ class JEPABrain(sb.Brain):
             )
 
     def _report_skipped(self, batch):
-        skipped = getattr(self.hparams, "skipped_files", None)
-        for path, reason in batch.failures:
-            logger.warning(f"Skipped {path}: {reason}")
-            if skipped is not None:
-                skipped.add(path, reason)
+        if getattr(self.hparams, "skipped_files", None) is not None:
+            self.hparams.skipped_files.report(batch.failures)
 
     # Reports
 
     def _log(self, split: str, stats: dict):
         meta = {"epoch": self.epoch, "step": self.optimizer_step}
-        self.hparams.train_logger.log_stats(meta, **{f"{split}_stats": stats})
+        with full_disk_named(self.hparams.output_folder):
+            self.hparams.train_logger.log_stats(meta, **{f"{split}_stats": stats})
         if not if_main_process():
             return
         self.metrics.append(**meta, **{f"{split}_{name}": value for name, value in stats.items()})

@@ -13,7 +13,6 @@ describes what is written.
 """
 
 import argparse
-import csv
 import hashlib
 import json
 import shutil
@@ -29,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 from speechbrain_jepa.data.clips import BATCH_SECONDS, find_audio, read_clips
-from speechbrain_jepa.data.skipped import SkippedFiles
+from speechbrain_jepa.data.skipped import SkippedFiles, csv_line
 from speechbrain_jepa.encoder import NORMALIZATIONS, AudioJEPA
 from speechbrain_jepa.files import FolderInUse, folder_lock, whole_file, write_text
 
@@ -189,7 +188,8 @@ class Embeddings:
         counts = self._counts(files)
         index = self.parts / "files.csv"
         with _table(index, ["file", "first_row", "rows"]) as rows:
-            rows.writerows(zip(files, counts.cumsum() - counts, counts, strict=True))
+            for row in zip(files, counts.cumsum() - counts, counts, strict=True):
+                rows.write(csv_line(*row))
         index.replace(self.out.with_suffix(".files.csv"))
 
     def _write_npz(self, path: Path, files: list[str], times) -> None:
@@ -210,18 +210,17 @@ class Embeddings:
         with _table(path, columns) as table:
             for file, rows in self.rows_of(files):
                 if times is None:
-                    table.writerow([file, *rows[0]])
+                    table.write(csv_line(file, *rows[0]))
                 else:
-                    seconds = times(len(rows))
-                    table.writerows([file, *pair] for pair in np.column_stack([seconds, rows]))
+                    for pair in np.column_stack([times(len(rows)), rows]):
+                        table.write(csv_line(file, *pair))
 
 
 @contextmanager
 def _table(path: Path, columns: list):
     with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        yield writer
+        file.write(csv_line(*columns))
+        yield file
 
 
 def _state(path: Path) -> str:

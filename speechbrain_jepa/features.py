@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 SAMPLE_RATE = 16_000  # Hz
 N_FFT = 400  # samples: the window and the transform, 25 ms
+MARGIN = N_FFT // 2  # samples that a frame needs on each side of its centre
 HOP_LENGTH = 160  # samples between frames, 10 ms: 100 frames a second
 N_MELS = 80  # bands
 F_MIN, F_MAX = 50.0, 8_000.0  # Hz

@@ -268,7 +268,8 @@ def folder_lock(folder: str | os.PathLike, fix: str, wait: float = 0.0) -> Itera
     """Hold a folder for this process alone, and remove what killed ones left unfinished in it.
 
     The lock goes with the process, however it ends. If the holder was killed, its children
-    (loader processes) are given some seconds to notice.
+    (loader processes) are given some seconds to notice. A thread never waits for itself, where one
+    folder was given as two: it holds it twice.
 
     Arguments
     ---------
@@ -293,7 +294,13 @@ def folder_lock(folder: str | os.PathLike, fix: str, wait: float = 0.0) -> Itera
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    lock, holder_file = filelock.FileLock(folder / LOCK), folder / HOLDER
+    lock = filelock.FileLock(os.path.realpath(folder / LOCK), is_singleton=True)
+    holder_file = folder / HOLDER
+    if lock.is_locked:  # by this thread
+        if not wait:
+            raise FolderInUse(f"{folder} is in use by {_named(_read_holder(holder_file))}: {fix}")
+        yield
+        return
     began, has_told = time.monotonic(), False
     while True:
         try:

@@ -105,7 +105,7 @@ class JEPA(nn.Module):
             )
         self.context_encoder = encoder
         self.target_encoder = copy.deepcopy(encoder).requires_grad_(False).eval()
-        # parameters as the target encoder's are: DDP sends buffers around in every forward pass
+        # parameters, not buffers: DDP broadcasts buffers in every forward pass
         self.target_rest = nn.ParameterList(
             nn.Parameter(torch.zeros_like(parameter), requires_grad=False)
             for parameter in encoder.parameters()
@@ -197,7 +197,7 @@ class JEPA(nn.Module):
             torch._foreach_add_(rest, scratch, alpha=1 - rate)
             torch._foreach_copy_(scratch, target)
             torch._foreach_add_(target, rest)
-            torch._foreach_sub_(scratch, target)  # minus what arrived, exactly
+            torch._foreach_sub_(scratch, target)  # old minus new, exactly
             torch._foreach_add_(rest, scratch)
 
 

@@ -60,9 +60,7 @@ def resolve_recipe(
     """
     path = Path(path)
     lines: dict = {}
-    if isinstance(overrides, str):
-        overrides = YAML().load(overrides)
-    overrides = dict(overrides or {})
+    given: dict = dict((YAML().load(overrides) if isinstance(overrides, str) else overrides) or {})
     while True:
         text = path.read_text(encoding="utf-8")
         included = _included(text)
@@ -72,13 +70,13 @@ def resolve_recipe(
         path, lines = path.parent / name, {**own, **lines}
     document = YAML().load(text)
     options = [name for name in {**document, **lines} if not name.startswith("__")]
-    unknown = [name for name in overrides if name not in options]
+    unknown = [name for name in given if name not in options]
     if unknown:
         raise KeyError(
             f"{', '.join(unknown)}: no option of this recipe; the options are {', '.join(options)}"
         )
-    overrides |= {name: value for name, value in (run_options or {}).items() if name in options}
-    for name, value in {**lines, **overrides}.items():
+    given |= {name: value for name, value in (run_options or {}).items() if name in options}
+    for name, value in {**lines, **given}.items():
         both = isinstance(value, Mapping) and isinstance(document.get(name), Mapping)
         if both and not _tag(value):  # some arguments of an object
             document[name].update(value)

@@ -66,6 +66,12 @@ def short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def listed(names: list[str]) -> str:
+    """Some names for a message: the first six, and how many there are."""
+    first = [short(name)[1:-1] for name in names[:6]]
+    return ", ".join(first) + (f", ... ({len(names)})" if len(names) > 6 else "")
+
+
 # Configs
 
 
@@ -328,8 +334,8 @@ def build_encoder(settings: Any, weights: Weights) -> Encoder:
     wrong += [f"{name} is missing" for name in expected.keys() - found.keys()]
     wrong += [f"{short(name)[1:-1]} is unknown" for name in found.keys() - expected.keys()]
     if wrong:
-        listed = "; ".join(sorted(wrong)[:8]) + ("; ..." if len(wrong) > 8 else "")
-        raise ValueError(f"{weights.path}: the parameters do not fit the config: {listed}")
+        some = "; ".join(sorted(wrong)[:8]) + ("; ..." if len(wrong) > 8 else "")
+        raise ValueError(f"{weights.path}: the parameters do not fit the config: {some}")
     encoder = Encoder(grid, **sizes)
     encoder.load_state_dict(weights.load())
     check_finite(encoder, weights.path)
@@ -346,5 +352,6 @@ def check_finite(encoder: Encoder, where) -> None:
     """
     broken = [name for name, part in encoder.state_dict().items() if not part.isfinite().all()]
     if broken:
-        listed = ", ".join(broken[:6]) + (f", ... ({len(broken)})" if len(broken) > 6 else "")
-        raise ValueError(f"{where}: the weights are damaged: {listed} holds NaN or infinity")
+        raise ValueError(
+            f"{where}: the weights are damaged: {listed(broken)} holds NaN or infinity"
+        )

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speechbrain_jepa.attention import HALF, Packing, Rows, check_attention
+from speechbrain_jepa.attention import Packing, Rows, check_attention
+from speechbrain_jepa.cpu import layer_norm
 from speechbrain_jepa.features import N_MELS
 
 
@@ -116,23 +117,13 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
-    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        """residual + self(x), summed inside the matrix product."""
-        total = residual + self.bias.to(x.dtype)
-        total.view(-1, total.shape[-1]).addmm_(x.flatten(0, -2), self.weight.to(x.dtype).t())
-        return total
-
 
 class LayerNorm(nn.LayerNorm):
     """Layer norm that works in the dtype of its input (its sums are float32 all the same)."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        if x.is_cpu and x.dtype in HALF and torch.is_grad_enabled():
-            # the CPU kernel adds up the gradients of weight and bias in half precision, row after
-            # row: off by 7 % over 64 clips of 65 tokens. addcmul's backward sums in float32
-            return torch.addcmul(bias, F.layer_norm(x, self.normalized_shape, eps=self.eps), weight)
-        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+        return layer_norm(x, weight, bias, self.eps)
 
 
 class Attention(nn.Module):
@@ -165,8 +156,8 @@ class Block(nn.Module):
         attended = rows.attend(self.attn.qkv(self.norm1(x)), self.attn.num_heads)
         if keep is not None:
             x, attended = (rows.unpack(tokens)[:, :keep] for tokens in (x, attended))
-        x = self.attn.proj.add_to(x, attended)
-        return self.mlp.fc2.add_to(x, F.gelu(self.mlp.fc1(self.norm2(x))))
+        x = x + self.attn.proj(attended)
+        return x + self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x))))
 
 
 def _initialize(module: nn.Module) -> None:

@@ -19,13 +19,12 @@ from torch import Tensor, nn
 from speechbrain_jepa.features import (
     HOP_LENGTH,
     LOG_OFFSET,
-    N_FFT,
+    MARGIN,
     LogMelSpectrogram,
     crop_samples,
 )
 from speechbrain_jepa.vit import PatchGrid
 
-MARGIN = N_FFT // 2  # samples that a frame needs on each side of its centre
 SILENCE = math.log(LOG_OFFSET)  # log-mel of zeros
 
 

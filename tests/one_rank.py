@@ -31,7 +31,7 @@ if __name__ == "__main__":
     for name, broken in RUNS.items():
         output = folder / name
         output.mkdir(exist_ok=True)
-        data = dict(data_folder=audio_folder, cache_folder=str(folder), num_workers=0)
+        data = dict(data_folder=audio_folder, num_workers=0)
         options = dict(batch_size=CLIPS, crop_frames=CROP_FRAMES, **data)
         loaders = make_loaders(recipe_hparams("jepa_unstructured", output, **options))
         brain = make_brain(

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from flash_attn_signatures import FUNCTIONS, READ, signature, without_annotations
 
 from speechbrain_jepa import attention
-from speechbrain_jepa.attention import LONGEST_MATMUL_ROW, Rows, check_attention, choose_backend
+from speechbrain_jepa.attention import Rows, check_attention, choose_backend
+from speechbrain_jepa.cpu import LONGEST_MATMUL_ROW
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BF16_ROUNDOFF = 2.0**-8  # half the spacing of bfloat16, 8 significant bits, next to 1
@@ -245,7 +246,8 @@ def test_asking_for_flash_attn_where_it_cannot_run_is_a_clear_error(
 
 def test_asking_for_flash_attn_that_is_not_installed_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(attention, "_flash_attn_module", lambda: None)
-    with pytest.raises(ValueError, match=r"not installed: pip install 'speechbrain-jepa\[flash\]'"):
+    install = "not installed: pip install --no-build-isolation flash-attn"
+    with pytest.raises(ValueError, match=install):
         choose_backend("flash_attn", CUDA, torch.bfloat16, row_length=65)
 
 

@@ -13,7 +13,13 @@ from speechbrain.utils.train_logger import FileTrainLogger, TensorboardLogger
 
 from speechbrain_jepa.brain import JEPABrain, default_precision
 from speechbrain_jepa.checkpointer import AtomicCheckpointer
-from speechbrain_jepa.data import CropDataset, CropSampler, crop_loader, scan_folder
+from speechbrain_jepa.data import (
+    CropDataset,
+    CropSampler,
+    SkippedFiles,
+    crop_loader,
+    scan_folder,
+)
 from speechbrain_jepa.evaluation.online_probe import OnlineProbe
 from speechbrain_jepa.features import LogMelSpectrogram, Normalization
 from speechbrain_jepa.jepa import JEPA
@@ -167,6 +173,19 @@ def test_hooks_around_a_batch_are_called_as_in_speechbrain(make_brain, loaders, 
     assert loss is output.loss
 
 
+@pytest.mark.parametrize("stage", [sb.Stage.TRAIN, sb.Stage.VALID])
+def test_files_that_break_are_listed(stage, make_brain, loaders, tmp_path):
+    skipped = SkippedFiles(tmp_path / "skipped.csv")
+    brain = make_brain(skipped_files=skipped)
+    brain.train_set, brain.epoch, brain.step = loaders[0], 1, 1
+    brain.on_stage_start(stage, epoch=1)
+    batch = next(iter(loaders[0]))
+    batch.failures.append(("a.flac", "lost sync"))
+    with torch.no_grad():
+        brain.compute_forward(batch, stage)
+    assert skipped.path.read_text() == "file,reason\na.flac,lost sync\n"
+
+
 def test_a_collapse_is_said_loudly(make_brain, loaders, caplog):
     train, valid = loaders
     brain = make_brain(epochs=2)
@@ -305,3 +324,14 @@ def test_a_cpu_trains_in_bf16_only_where_it_multiplies_it_natively(
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
     assert default_precision("cpu") == expected
+
+
+def test_a_disk_too_full_for_the_log_is_named(make_brain, loaders, small_disk):
+    logger = FileTrainLogger(str(small_disk / "train_log.txt"))
+    brain = make_brain(train_logger=logger, output_folder=str(small_disk))
+    brain.epoch = 1
+    with pytest.raises(OSError), open(small_disk / "filler", "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(2**12))
+    with pytest.raises(OSError, match=f"the disk of {small_disk} is full"):
+        brain._log("train", {"loss": 1.0})

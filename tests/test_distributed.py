@@ -1,6 +1,7 @@
 """Two processes that train together, against one on the joined batches written out by hand."""
 
 import csv
+import itertools
 import os
 import subprocess
 import sys
@@ -29,8 +30,8 @@ def together(audio_folder, tmp_path_factory):
     """Folder of both runs, and for each its first weights and the diaries of both ranks."""
     folder = tmp_path_factory.mktemp("together")
     manifest, _ = scan_folder(audio_folder, folder / "scan", progress=False)
-    for part in ("train", "valid"):
-        manifest.save(folder / part)
+    for run, part in itertools.product(RUNS, ("train", "valid")):
+        manifest.save(folder / run / "split" / part)
     worker = str(Path(__file__).with_name("one_rank.py"))
     processes = [
         subprocess.Popen(

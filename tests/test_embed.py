@@ -145,6 +145,19 @@ def test_bad_files_are_listed_and_the_others_embedded(folder, audio, tmp_path, c
     assert "3 files skipped" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("out", ["emb.csv", "emb.npy"])
+def test_a_name_is_one_row_whatever_is_in_it(out, folder, tmp_path):
+    names = [b"a\rb.wav", b"c\r\nd.wav", b'e",f.wav', b"\xff.wav"]
+    for name in names:
+        with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
+            soundfile.write(file, np.full(9_000, 0.1), 16_000, format="WAV")
+    run(folder, tmp_path, tmp_path / out)
+    table = tmp_path / {"emb.npy": "emb.files.csv"}.get(out, out)
+    with open(table, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        found = [os.path.basename(os.fsencode(row["file"])) for row in csv.DictReader(file)]
+    assert sorted(found) == sorted(names)
+
+
 @pytest.mark.parametrize("name", ["emb.txt", "emb"])
 def test_another_format_is_an_error(name, folder, audio, tmp_path):
     with pytest.raises(SystemExit, match=r"must end in \.npz, \.npy, \.csv"):

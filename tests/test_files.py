@@ -4,6 +4,7 @@ import errno
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -66,6 +67,19 @@ def test_a_second_process_is_told_who_holds_the_folder(tmp_path, holder):
     assert str(tmp_path) in str(error.value)
     assert f"process {holder.pid} " in str(error.value)
     assert str(error.value).endswith("name another --out")
+
+
+def test_a_folder_given_as_two_is_held_once(tmp_path, monkeypatch):
+    """As --cache_folder and --output_folder may be: no process waits for itself."""
+    monkeypatch.chdir(tmp_path)
+    with folder_lock(tmp_path, fix=""):
+        with folder_lock(".", fix="", wait=60):
+            assert (tmp_path / HOLDER).exists()
+        assert (tmp_path / HOLDER).exists()
+        command = [sys.executable, "-c", HOLD, tmp_path]
+        assert "FolderInUse" in subprocess.run(command, capture_output=True, text=True).stderr
+    with ThreadPoolExecutor(1) as pool, folder_lock(tmp_path, fix=""), pytest.raises(FolderInUse):
+        pool.submit(folder_lock(tmp_path, fix="").__enter__).result()
 
 
 def test_the_lock_goes_with_a_killed_process(tmp_path, holder):

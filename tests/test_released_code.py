@@ -7,7 +7,7 @@ import torch
 from hyperpyyaml import load_hyperpyyaml
 from torch import nn
 
-from speechbrain_jepa.convert import FAMILIES
+from speechbrain_jepa.families import FAMILIES
 from speechbrain_jepa.recipe import resolve_recipe
 from speechbrain_jepa.vit import Encoder, PatchGrid
 

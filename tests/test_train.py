@@ -1,6 +1,8 @@
 """The recipe as users start it: real processes, real files, real checkpoints."""
 
+import contextlib
 import csv
+import importlib.util
 import itertools
 import json
 import os
@@ -14,6 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
+
+from speechbrain_jepa.checkpointer import AtomicCheckpointer
+from speechbrain_jepa.data import SkippedFiles
+from speechbrain_jepa.features import LogMelSpectrogram, Normalization
 
 REPOSITORY = Path(__file__).parents[1]
 TRAIN = str(REPOSITORY / "train.py")
@@ -120,6 +127,69 @@ def test_the_pretrained_folder_says_what_ran(finished):
     card = (output / "pretrained" / "README.md").read_text()
     assert "class: SmoothL1" in card and "processes: 1" in card
     assert "eval_precision: fp32" in (output / "hyperparams.yaml").read_text()
+
+
+@pytest.fixture
+def recipe():
+    """train.py as a module."""
+    spec = importlib.util.spec_from_file_location("train", TRAIN)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def settings(data, output, cache, **others):
+    """What the functions of train.py before the brain read."""
+    return {
+        "data_folder": str(data),
+        "train_csv": None,
+        "output_folder": str(output),
+        "cache_folder": str(cache),
+        "min_seconds": 0.2,
+        "valid_share": 0.02,
+        "max_valid": 1024,
+        "crop_frames": 208,
+        "decode_once": False,
+        "passes_per_epoch": 1,
+        "batch_size": 4,
+        "num_workers": 0,
+        "seed": 0,
+        "norm_crops": 64,
+        "norm_mean": None,
+        "norm_std": None,
+        **others,
+    }
+
+
+def test_runs_that_share_a_cache_folder_keep_splits_of_their_own(recipe, audio_folder, tmp_path):
+    few = settings(audio_folder, tmp_path / "few", tmp_path / "cache")
+    half = settings(audio_folder, tmp_path / "half", tmp_path / "cache", valid_share=0.5)
+    recipe.prepare_manifests(few)
+    before = [len(loader.dataset) for loader in recipe.make_loaders(few)]
+    recipe.prepare_manifests(half)
+    assert [len(loader.dataset) for loader in recipe.make_loaders(few)] == before
+    assert len(recipe.make_loaders(half)[0].dataset) < before[0]
+
+
+def test_a_file_that_breaks_while_the_normalisation_is_measured_is_listed(
+    recipe, audio_folder, tmp_path, caplog
+):
+    """It is met again in training, by loader processes that would not say it a second time."""
+    shutil.copytree(audio_folder, tmp_path / "data")
+    wav = np.full(48_000, np.nan, "float32")
+    soundfile.write(tmp_path / "data" / "nan.wav", wav, 16_000, subtype="FLOAT")
+    options = settings(tmp_path / "data", tmp_path / "out", tmp_path / "cache")
+    recipe.prepare_manifests(options)
+    options["skipped_files"] = SkippedFiles(tmp_path / "cache" / "skipped.csv")
+    options["checkpointer"] = AtomicCheckpointer(tmp_path / "out" / "save", {})
+    options["features"], options["normalization"] = LogMelSpectrogram(), Normalization()
+    train, _ = recipe.make_loaders(options)
+    with torch.no_grad():
+        recipe.find_normalization(options, train.dataset)
+    assert (tmp_path / "cache" / "skipped.csv").read_text().splitlines()[1:] == [
+        "nan.wav,holds NaN or infinite samples"
+    ]
+    assert "Skipped nan.wav: holds NaN or infinite samples" in caplog.text
 
 
 def test_learning_rate_follows_the_global_batch(finished):
@@ -295,6 +365,14 @@ def test_what_does_not_fit_fails_early_with_the_fix(options, message, audio_fold
     assert done.returncode != 0
     assert message in done.stdout
     assert not (tmp_path / "metrics.csv").exists()
+
+
+def test_a_disk_that_is_full_from_the_start_is_named(audio_folder, small_disk):
+    with contextlib.suppress(OSError), open(small_disk / "filler", "wb") as file:
+        file.write(bytes(2**20))
+    done = run(small_disk / "out", audio_folder)
+    assert done.returncode != 0
+    assert f"the disk of {small_disk / 'out'} is full" in done.stdout
 
 
 def test_a_missing_folder_is_said_at_once(tmp_path):

@@ -22,9 +22,8 @@ from speechbrain_jepa.data.resampling import (
     resampling_ratio,
     spare_blocks,
 )
-from speechbrain_jepa.features import HOP_LENGTH, N_FFT, crop_samples, num_frames
+from speechbrain_jepa.features import HOP_LENGTH, MARGIN, crop_samples, num_frames
 
-MARGIN = N_FFT // 2  # samples that the first and last frame of a crop need beyond their centres
 MAX_REPLACEMENTS = 32  # broken files in a row; more mean that the disk is the problem
 
 Key = tuple[int, int]  # (pass through the items, item)

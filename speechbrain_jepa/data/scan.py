@@ -249,7 +249,7 @@ def _last_scan(state_file: Path) -> tuple[dict, dict, Manifest | None]:
             for (path, size, mtime), header in state.pop("unused")
         }
         return state, unused, Manifest.load(state_file.parent)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+    except Exception as error:  # json of any shape
         logger.warning("%s cannot be read (%s): the scan is made anew", state_file, error)
         return {}, {}, None
 

@@ -3,10 +3,13 @@
 import contextlib
 import csv
 import io
+import logging
 import os
 from pathlib import Path
 
 from speechbrain_jepa.files import full_disk_named, whole_file
+
+logger = logging.getLogger(__name__)
 
 COLUMNS = ("file", "reason")
 
@@ -45,9 +48,15 @@ class SkippedFiles:
         if file in self._files:
             return False
         with full_disk_named(self.path.parent), _open(self.path, "a") as out:
-            header = _line(*COLUMNS) if out.tell() == 0 else ""
-            out.write(header + _line(file, reason))
+            header = csv_line(*COLUMNS) if out.tell() == 0 else ""
+            out.write(header + csv_line(file, reason))
         return True
+
+    def report(self, failures: list[tuple[str, str]]) -> None:
+        """Log each (file, reason) of a batch, and add its line."""
+        for file, reason in failures:
+            logger.warning("Skipped %s: %s", file, reason)
+            self.add(file, reason)
 
     def _catch_up(self) -> None:
         """Read what this or another process has written since."""
@@ -69,8 +78,8 @@ class SkippedFiles:
         for file, reason in lines:
             reasons.setdefault(file, reason)
         with whole_file(path) as partial, _open(partial, "w") as out:
-            out.write(_line(*COLUMNS))
-            out.writelines(_line(file, reason) for file, reason in reasons.items())
+            out.write(csv_line(*COLUMNS))
+            out.writelines(csv_line(file, reason) for file, reason in reasons.items())
         return SkippedFiles(path)
 
 
@@ -78,9 +87,9 @@ def _open(path: Path, mode: str):
     return open(path, mode, newline="", encoding="utf-8", errors="surrogateescape")
 
 
-def _line(*fields: str) -> str:
+def csv_line(*fields) -> str:
     """One csv line; a carriage return, which `csv` leaves bare, is quoted too."""
-    bare = any("\r" in field for field in fields)
+    bare = any("\r" in field for field in fields if isinstance(field, str))
     line = io.StringIO()
     writer = csv.writer(
         line, lineterminator="\n", quoting=csv.QUOTE_ALL if bare else csv.QUOTE_MINIMAL

@@ -93,7 +93,7 @@ def _read(file: str | Path) -> np.ndarray:
 
 
 def embed_files(
-    files: Sequence[str | Path], embedders: dict[str, Sequence[Embed]]
+    files: Sequence[str | Path], embedders: Mapping[str, Sequence[Embed]]
 ) -> tuple[dict[str, list[np.ndarray]], list[str | Path]]:
     """Read every file once and embed it with every embedder.
 
@@ -316,7 +316,7 @@ def files_used(label_sets: dict[str, LabelledClips]) -> list[str]:
     return [file for rows in pairs for file, split in rows if split != "valid"]
 
 
-def quick_probe(folder, embedders: dict[str, Sequence[Embed]]) -> ProbeTable:
+def quick_probe(folder, embedders: Mapping[str, Sequence[Embed]]) -> ProbeTable:
     """Read a folder's label sets, embed their files once, and probe.
 
     Arguments

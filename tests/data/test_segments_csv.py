@@ -1,64 +1,11 @@
 """Segments from SpeechBrain's csv files, and what is said of bad ones."""
 
-import csv
-import os
-from collections import Counter
-
-import numpy as np
 import pytest
-import soundfile
+from scans import lines, paths
 
 from speechbrain_jepa.data import (
     read_csv,
-    scan_folder,
 )
-from speechbrain_jepa.data import scan as scan_module
-
-RNG = np.random.default_rng(0)
-
-
-def write(path, seconds=1.0, rate=16_000, channels=1, **options):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    samples = round(seconds * rate)
-    soundfile.write(path, 0.1 * RNG.standard_normal((samples, channels)), rate, **options)
-    return path
-
-
-def scan(folder, cache=None, **options):
-    return scan_folder(folder, cache or folder.parent / "cache", progress=False, **options)
-
-
-def paths(manifest):
-    return [manifest.path(item) for item in range(len(manifest))]
-
-
-def lines(skipped):
-    with open(skipped.path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-        return [(row["file"], row["reason"]) for row in csv.DictReader(file)]
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """Five good files in a tree."""
-    folder = tmp_path / "audio"
-    for name in ("a.wav", "b.flac", "deep/down/c.ogg", "deep/d.aiff"):
-        write(folder / name)
-    write(folder / "deep/e.mp3", 2.0, 44_100, 2)
-    return folder
-
-
-@pytest.fixture
-def headers_read(monkeypatch):
-    """How often each file's header is read."""
-    count = Counter()
-    read_header = scan_module.read_header
-
-    def counted(path):
-        count[os.path.basename(path)] += 1
-        return read_header(path)
-
-    monkeypatch.setattr(scan_module, "read_header", counted)
-    return count
 
 
 def write_csv(path, header, *rows):

@@ -1,41 +1,17 @@
 """What is held out for validation, and the crops it is looked at in."""
 
-import csv
-
 import numpy as np
 import pytest
 import soundfile
 import torch
+from scans import paths, scan, write
 
 from speechbrain_jepa.data import (
     CropDataset,
     Manifest,
     cut_segments,
-    scan_folder,
     split_held_out,
 )
-
-RNG = np.random.default_rng(0)
-
-
-def write(path, seconds=1.0, rate=16_000, channels=1, **options):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    samples = round(seconds * rate)
-    soundfile.write(path, 0.1 * RNG.standard_normal((samples, channels)), rate, **options)
-    return path
-
-
-def scan(folder, cache=None, **options):
-    return scan_folder(folder, cache or folder.parent / "cache", progress=False, **options)
-
-
-def paths(manifest):
-    return [manifest.path(item) for item in range(len(manifest))]
-
-
-def lines(skipped):
-    with open(skipped.path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-        return [(row["file"], row["reason"]) for row in csv.DictReader(file)]
 
 
 def synthetic(rows, segments=1):

@@ -253,6 +253,29 @@ def test_differences_from_the_published_set_are_told_again(esc50, caplog):
         assert any("5 folds expected, 4 found" in w for w in warnings(caplog))
 
 
+@pytest.mark.parametrize("text", ["", '{"format_version": 1, "rep', "[" * 100, "[]"])
+def test_a_damaged_stamp_is_made_anew(text, esc50):
+    tree, _, write = esc50
+    manifest = write()
+    manifest.with_name("manifest.json").write_text(text)
+    manifest.write_text("")
+    assert len(rows_of(write())) == len(tree.rows)
+
+
+def test_a_named_pipe_is_listed_and_waited_for_by_nobody(esc50):
+    tree, clips, write = esc50
+    pipe = tree.folder / "return\r.wav"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(write, [*clips, clips[0]._replace(wav=pipe.name)])
+        try:
+            manifest = done.result(20)
+        finally:  # a writer would end the wait
+            os.close(os.open(pipe, os.O_RDWR | os.O_NONBLOCK))
+    assert skipped(manifest) == {"return\r.wav": "is a named pipe: only regular files are opened"}
+    assert len(rows_of(manifest)) == len(clips)
+
+
 def test_a_file_may_be_listed_once(esc50):
     _, clips, write = esc50
     with pytest.raises(ValueError, match=r"esc50: audio/1-101000-A-0\.wav is listed twice"):

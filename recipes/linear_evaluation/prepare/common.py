@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from speechbrain_jepa.data.scan import read_headers
+from speechbrain_jepa.data.skipped import csv_line
 from speechbrain_jepa.evaluation.labelled import COLUMNS
 from speechbrain_jepa.files import folder_lock, whole_file, write_text
 
@@ -175,7 +176,7 @@ def write_manifest(
         "contents": hashlib.sha256(repr(contents).encode("utf-8", "surrogateescape")).hexdigest(),
     }
     with folder_lock(save_folder, FIX, wait=math.inf):
-        before = json.loads(stamp_file.read_text()) if stamp_file.exists() else {}
+        before = _read_stamp(stamp_file)
         report = before.pop("report", None)
         if before != stamp or not (manifest.exists() and skipped_csv.exists()):
             stamp_file.unlink(missing_ok=True)  # a run killed while it writes is done again
@@ -194,6 +195,14 @@ def write_manifest(
     for line in report["differences"]:
         logger.warning("%s: %s", task.name, line)
     return manifest
+
+
+def _read_stamp(path: Path) -> dict:
+    """What the last run left; nothing, if it cannot be read: the manifest is then made anew."""
+    with suppress(OSError, ValueError):
+        stamp = json.loads(path.read_text(encoding="utf-8"))
+        return stamp if isinstance(stamp, dict) else {}
+    return {}
 
 
 def _sizes_and_times(wavs: list[str], data_folder) -> dict[str, tuple[int, int]]:
@@ -276,6 +285,8 @@ def _with_durations(clips, found, data_folder) -> tuple[list[tuple], list[tuple[
 
 def _explain(reason: str, path: Path) -> str:
     """A clone without Git LFS has small text files in place of audio."""
+    if not path.is_file():  # opening a named pipe would wait forever
+        return reason
     try:
         with open(path, "rb") as file:
             pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
@@ -308,6 +319,4 @@ def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> N
         whole_file(path) as partial,
         open(partial, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
     ):
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
+        file.writelines(csv_line(*row) for row in (header, *rows))
