@@ -203,8 +203,11 @@ def _write_folder(folder, config: dict, encoder: Encoder, dtype=torch.float32) -
 
 
 def _save_safetensors(state: dict, path: Path) -> None:
+    path.touch()
+    mode = path.stat().st_mode  # that of any new file; save_file's own is readable by nobody else
     try:
         save_file(state, path, metadata={"format": "pt"})
+        path.chmod(mode)
     except SafetensorError as error:  # raised for a full disk too, and no OSError
         raise OSError(errno.EIO, str(error)) from error
 

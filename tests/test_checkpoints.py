@@ -153,6 +153,12 @@ def test_the_folder_has_four_files_and_float32_weights_of_the_encoder_alone(tmp_
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
+def test_every_file_can_be_read_by_whoever_may_read_new_files(folder):
+    new = folder.parent / "new"
+    new.touch()
+    assert {path.stat().st_mode for path in folder.iterdir()} == {new.stat().st_mode}
+
+
 def test_the_model_card_names_the_training_and_valid_front_matter(folder):
     _, front, card = (folder / CARD).read_text().split("---\n", 2)
     assert yaml.safe_load(front)["library_name"] == "speechbrain"
