@@ -34,7 +34,7 @@ wheel: $(VENV)/installed
 	$(VENV)/wheel/bin/python -m pip install --quiet --no-deps dist/*.whl
 	cd $(VENV)/wheel && echo "$$(../bin/python -c 'import site; print(site.getsitepackages()[0])')" > \
 		$$(bin/python -c 'import site; print(site.getsitepackages()[0])')/dependencies.pth
-	cd $(VENV)/wheel && bin/python -c 'import speechbrain_jepa as p; assert "wheel" in p.__file__, p.__file__; p.AudioJEPA'
+	cd $(VENV)/wheel && bin/python -c 'import speechbrain_jepa as p; assert "wheel" in p.__file__, p.__file__; p.AudioJEPA()'
 	cd $(VENV)/wheel && bin/python -m speechbrain_jepa.embed --help > /dev/null
 	cd $(VENV)/wheel && bin/speechbrain-jepa export --help > /dev/null
 
