@@ -317,9 +317,8 @@ def folder_lock(folder: str | os.PathLike, fix: str, wait: float = 0.0) -> Itera
             time.sleep(0.1)
     try:
         remove_partials(folder)
-        with contextlib.suppress(
-            OSError
-        ):  # on a full disk the lock holds all the same, without a name
+        # on a full disk the lock holds all the same, without a name
+        with contextlib.suppress(OSError):
             write_text(holder_file, json.dumps(_this_process()))
         yield
     finally:

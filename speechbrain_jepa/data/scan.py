@@ -16,7 +16,7 @@ from speechbrain_jepa.data.manifest import Manifest
 from speechbrain_jepa.data.segments_csv import read_rows
 from speechbrain_jepa.data.shards import ShardMember
 from speechbrain_jepa.data.skipped import SkippedFiles
-from speechbrain_jepa.files import folder_lock, write_text
+from speechbrain_jepa.files import folder_lock, partial_path, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +27,9 @@ WAIT = 24 * 3600.0  # seconds, for another process that scans into the same cach
 def _check_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write-test-{os.getpid()}"
+        probe = partial_path(folder / "write-test")
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # the holder of the folder may have removed it
     except OSError as error:
         raise PermissionError(
             f"cache_folder={folder} cannot be written to ({error.strerror}): "
