@@ -24,7 +24,7 @@ lint: $(VENV)/installed
 
 # The site, in build/site. A link to nowhere is an error
 docs: $(VENV)/installed
-	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 # sdist and wheel in dist/. The wheel is tried in an environment that sees the dependencies of $(VENV)
 wheel: $(VENV)/installed

@@ -9,7 +9,7 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = "speechbrain_jepa"
-# in the order the data flows; the public classes and functions of each get their pages
+# first, in the order the data flows; every other module with a public class follows
 MODULES = (
     "encoder",
     "checkpoints",
@@ -25,26 +25,39 @@ MODULES = (
     "monitors",
     "hear",
 )
+WITHOUT_PAGES = ("s3prl.compat",)  # what s3prl lacks, under s3prl's names
 # SpeechBrain's names of docstring sections, and those that griffe knows
 SECTIONS = {"Arguments": "Parameters", "Example": "Examples"}
 
 
-def public_names(module: str) -> list[str]:
-    """Public classes of a module, in its order; its public functions, where it has no class."""
-    tree = ast.parse((ROOT / PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
-    named = {
-        kind: [node.name for node in tree.body if isinstance(node, kind) and node.name[0] != "_"]
-        for kind in (ast.ClassDef, ast.FunctionDef)
-    }
-    functions = [name for name in named[ast.FunctionDef] if name != "main"]
-    return named[ast.ClassDef] or functions
+def public(module: str, kind) -> list[str]:
+    """Public classes (or functions) of a module, in its order."""
+    path = (ROOT / PACKAGE / module.replace(".", "/")).with_suffix(".py")
+    path = path if path.exists() else path.with_suffix("") / "__init__.py"
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return [node.name for node in tree.body if isinstance(node, kind) and node.name[0] != "_"]
+
+
+def api_pages() -> dict[str, list[str]]:
+    """By module, what has a page of its own: its classes, or its functions where it has none."""
+    pages = {}
+    for module in MODULES:
+        functions = [name for name in public(module, ast.FunctionDef) if name != "main"]
+        pages[module] = public(module, ast.ClassDef) or functions
+    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
+        module = ".".join(path.relative_to(ROOT / PACKAGE).with_suffix("").parts)
+        module = module.removesuffix(".__init__")
+        is_listed = module in pages or module in WITHOUT_PAGES or module.startswith("__")
+        if not is_listed and public(module, ast.ClassDef):
+            pages[module] = public(module, ast.ClassDef)
+    return pages
 
 
 def on_config(config):
     """Put the API pages at the end of the navigation."""
-    pages = {module: public_names(module) for module in MODULES}
+    pages = api_pages()
     config.nav.append(
-        {"API": [{m: [f"api/{name}.md" for name in names]} for m, names in pages.items()]}
+        {"API": [{m: [f"api/{m}.{name}.md" for name in names]} for m, names in pages.items()]}
     )
     config.extra["api"] = pages
     return config
@@ -52,16 +65,23 @@ def on_config(config):
 
 def on_files(files, config):
     """Generate the first page from the README, and the API pages."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    readme = re.sub(r"\]\(docs/", "](", readme)
-    readme = re.sub(r'src="docs/', 'src="', readme)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace('src="docs/', 'src="')
+    readme = re.sub(r"\[([^\]]+)\]\(([^)]+)\)", _as_seen_from_docs, readme)
     pages = {"index.md": readme}
     for module, names in config.extra["api"].items():
         for name in names:
-            pages[f"api/{name}.md"] = f"# {name}\n\n::: {PACKAGE}.{module}.{name}\n"
+            pages[f"api/{module}.{name}.md"] = f"# {name}\n\n::: {PACKAGE}.{module}.{name}\n"
     for path, content in pages.items():
         files.append(File.generated(config, path, content=content))
     return files
+
+
+def _as_seen_from_docs(link) -> str:
+    """A link of the README: to a page of docs/ or elsewhere, or the name of what is no page."""
+    text, target = link.groups()
+    if target.startswith("http"):
+        return link[0]
+    return f"[{text}]({target[5:]})" if target.startswith("docs/") else f"`{text}`"
 
 
 def on_page_markdown(markdown, **_):
