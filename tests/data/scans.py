@@ -5,7 +5,7 @@ import csv
 import numpy as np
 import soundfile
 
-from speechbrain_jepa.data import scan_folder
+from speechbrain_jepa.data import Manifest, scan_folder
 
 RNG = np.random.default_rng(0)
 
@@ -28,3 +28,14 @@ def paths(manifest):
 def lines(skipped):
     with open(skipped.path, newline="", encoding="utf-8", errors="surrogateescape") as file:
         return [(row["file"], row["reason"]) for row in csv.DictReader(file)]
+
+
+def synthetic(rows, segments=1):
+    names = [f"speaker-{row // 100:05d}/utterance-{row:07d}.flac" for row in range(rows)]
+    return Manifest.from_rows(
+        [
+            (name, 8_000 * part, 8_000, 8_000, 8_000 * segments, 1, 1)
+            for name in names
+            for part in range(segments)
+        ]
+    )

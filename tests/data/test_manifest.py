@@ -7,25 +7,11 @@ import pickle
 
 import numpy as np
 import pytest
+from scans import paths, synthetic
 
 from speechbrain_jepa.data import (
     Manifest,
 )
-
-
-def paths(manifest):
-    return [manifest.path(item) for item in range(len(manifest))]
-
-
-def synthetic(rows, segments=1):
-    names = [f"speaker-{row // 100:05d}/utterance-{row:07d}.flac" for row in range(rows)]
-    return Manifest.from_rows(
-        [
-            (name, 8_000 * part, 8_000, 8_000, 8_000 * segments, 1, 1)
-            for name in names
-            for part in range(segments)
-        ]
-    )
 
 
 def test_manifest_survives_disk_and_subsets(tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from scans import paths, scan, write
+from scans import paths, scan, synthetic, write
 
 from speechbrain_jepa.data import (
     CropDataset,
@@ -12,17 +12,6 @@ from speechbrain_jepa.data import (
     cut_segments,
     split_held_out,
 )
-
-
-def synthetic(rows, segments=1):
-    names = [f"speaker-{row // 100:05d}/utterance-{row:07d}.flac" for row in range(rows)]
-    return Manifest.from_rows(
-        [
-            (name, 8_000 * part, 8_000, 8_000, 8_000 * segments, 1, 1)
-            for name in names
-            for part in range(segments)
-        ]
-    )
 
 
 def test_a_file_stays_on_its_side_when_others_come():
