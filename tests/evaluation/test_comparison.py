@@ -5,6 +5,7 @@ import importlib.util
 import shlex
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -87,11 +88,9 @@ def test_minutes_of_training_are_those_of_the_rows_of_training(tmp_path, monkeyp
         "0,,20\n10,32,\n30,16,\n30,,25.4\n"  # 10 steps of 32 at 32 a second, 20 at 16
     )
 
-    class Described:
-        description = {"training": {"global_batch": 32}}
-
+    described = SimpleNamespace(description={"training": {"global_batch": 32}})
     monkeypatch.setattr(
-        "speechbrain_jepa.evaluation.comparison.AudioJEPA", lambda folder: Described
+        "speechbrain_jepa.evaluation.comparison.AudioJEPA", lambda folder: described
     )
     trained = training_of(tmp_path)
     assert trained["steps"] == "30" and trained["rank"] == "25"
