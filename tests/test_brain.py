@@ -146,7 +146,7 @@ def test_losses_that_stay_not_finite_stop_the_run_with_the_fix(make_brain, loade
     )
     with pytest.raises(RuntimeError, match=r"3 optimiser steps in a row .*base_learning_rate"):
         brain.fit(brain.counter, *loaders)
-    assert brain.optimizer_step == 3  # one good step and two skipped before the one that stops
+    assert brain.optimizer_step == 4  # one good step, two skipped ones and the one that stops
 
 
 def test_accumulated_batches_weigh_as_much_as_one_large_batch(make_brain, loaders, tmp_path):
