@@ -220,7 +220,7 @@ class JEPA(nn.Module):
 
 
 def _in_pieces(rows):
-    """Rows of tensors as lists, one for each column; on a CPU `UPDATED_AT_ONCE` values at a time."""
+    """Rows of tensors as lists, one a column; on a CPU `UPDATED_AT_ONCE` values at a time."""
     group, held = [], 0
     for row in map(tuple, rows):
         limit = UPDATED_AT_ONCE if row[0].is_cpu else 2**24
