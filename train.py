@@ -75,14 +75,15 @@ def make_loaders(hparams):
     rank, world_size = (get_rank(), get_world_size()) if is_initialized() else (0, 1)
     split = Path(hparams["output_folder"]) / SPLIT
     where = (hparams["data_folder"], hparams["crop_frames"], hparams["seed"])
+    window = {"n_fft": hparams["n_fft"]}
     options = {"num_workers": hparams["num_workers"], "pin_memory": torch.cuda.is_available()}
     sampling = (hparams["batch_size"], hparams["seed"])
 
-    train_set = CropDataset(Manifest.load(split / "train"), *where)
+    train_set = CropDataset(Manifest.load(split / "train"), *where, **window)
     sampler = CropSampler(
         len(train_set), *sampling, rank, world_size, passes=hparams["passes_per_epoch"]
     )
-    valid_set = CropDataset(Manifest.load(split / "valid"), *where, random_crops=False)
+    valid_set = CropDataset(Manifest.load(split / "valid"), *where, random_crops=False, **window)
     batches = list(CropSampler(len(valid_set), *sampling, shuffle=False))[rank::world_size]
     return (
         crop_loader(train_set, sampler, **options),
@@ -136,7 +137,7 @@ def pretrain(hparams, recipe, run_opts):
         from speechbrain_jepa.evaluation.online_probe import OnlineProbe
 
         hparams["online_probe"] = OnlineProbe(
-            hparams["online_probe_csv"], hparams["online_probe_every"]
+            hparams["online_probe_csv"], hparams["online_probe_every"], hparams["read_out"]
         )
     if hparams["data_folder"] is None and hparams["train_csv"] is None:
         logger.info("No --data_folder and no --train_csv: taking the generated demo corpus")
@@ -164,6 +165,8 @@ def pretrain(hparams, recipe, run_opts):
             "encoder": hparams["encoder"],
             "normalization": hparams["normalization"],
             "training": describe_training(hparams, brain),
+            "read_out": hparams["read_out"],
+            "log_mel": hparams["features"],
         },
     )
     brain.fit(hparams["epoch_counter"], train_loader, valid_loader)

@@ -11,7 +11,7 @@ import torch
 from speechbrain.utils.epoch_loop import EpochCounter
 from speechbrain.utils.train_logger import FileTrainLogger, TensorboardLogger
 
-from speechbrain_jepa.brain import JEPABrain, default_precision
+from speechbrain_jepa.brain import JEPABrain
 from speechbrain_jepa.checkpointer import AtomicCheckpointer
 from speechbrain_jepa.data import (
     CropDataset,
@@ -26,6 +26,7 @@ from speechbrain_jepa.jepa import JEPA
 from speechbrain_jepa.losses import SmoothL1
 from speechbrain_jepa.masking import UnstructuredMasking
 from speechbrain_jepa.monitors import MetricsTable
+from speechbrain_jepa.precision import default_precision
 from speechbrain_jepa.regularizers import VarianceCovariance
 from speechbrain_jepa.schedules import LinearRamp, WarmupCosine
 from speechbrain_jepa.vit import Encoder, PatchGrid, Predictor
