@@ -153,7 +153,7 @@ class JEPABrain(sb.Brain):
             self._validate(epoch=0)
 
     def on_stage_start(self, stage, epoch=None):
-        self.epoch = epoch
+        self.epoch, self.stage = epoch, stage
         if stage == sb.Stage.TRAIN:
             # after a resume `step` says how many of this epoch's batches were done
             self.train_set.batch_sampler.set_epoch(epoch, batches_done=self.step)
@@ -237,8 +237,8 @@ class JEPABrain(sb.Brain):
         return every is not None and self.optimizer_step % every == 0
 
     def update_average(self, loss, avg_loss):
-        """SpeechBrain waits for every loss here. `_log_interval` and `Validation` average."""
-        return avg_loss
+        """Not with each loss, for which the host would wait: the progress bar has the last row."""
+        return super().update_average(loss, avg_loss) if self.stage == sb.Stage.TEST else avg_loss
 
     @torch.no_grad()
     def evaluate_batch(self, batch, stage):
@@ -324,6 +324,7 @@ class JEPABrain(sb.Brain):
 
     def _log_interval(self):
         stats = self.interval.close(self.world_size)
+        self.avg_train_loss = stats["loss"]
         stats["memory_gib"] = peak_memory_gib(self.device)
         stats["nonfinite_steps"] = self.nonfinite_total
         self._log("train", {name: stats.get(name, float("nan")) for name in self.train_columns})
@@ -335,6 +336,7 @@ class JEPABrain(sb.Brain):
         step, self.step = self.step, 0
         self.interval.pause()
         super()._fit_valid(self.valid_batches, epoch, enable)
+        self.stage = sb.Stage.TRAIN
         self.interval.resume()
         self.modules.train()
         self.step = step
