@@ -71,25 +71,24 @@ def prepare_manifests(hparams):
 
 
 def make_loaders(hparams):
-    """Loaders of random training crops and of fixed validation crops."""
-    ranks = {"rank": get_rank(), "world_size": get_world_size()} if is_initialized() else {}
-    loaders = []
-    for name, sampling in (
-        ("train", {"passes": hparams["passes_per_epoch"], **ranks}),
-        ("valid", {"shuffle": False}),  # every process sees all of it and comes to the same rank
-    ):
-        dataset = CropDataset(
-            Manifest.load(Path(hparams["output_folder"]) / SPLIT / name),
-            hparams["data_folder"],
-            hparams["crop_frames"],
-            hparams["seed"],
-            random_crops=name == "train",
-            n_fft=hparams["n_fft"],
-        )
-        sampler = CropSampler(len(dataset), hparams["batch_size"], hparams["seed"], **sampling)
-        workers = hparams["num_workers"] if name == "train" else min(hparams["num_workers"], 1)
-        loaders.append(crop_loader(dataset, sampler, workers, pin_memory=torch.cuda.is_available()))
-    return loaders
+    """Loaders of random training crops and of fixed validation crops, for this process."""
+    rank, world_size = (get_rank(), get_world_size()) if is_initialized() else (0, 1)
+    split = Path(hparams["output_folder"]) / SPLIT
+    where = (hparams["data_folder"], hparams["crop_frames"], hparams["seed"])
+    window = {"n_fft": hparams["n_fft"]}
+    options = {"num_workers": hparams["num_workers"], "pin_memory": torch.cuda.is_available()}
+    sampling = (hparams["batch_size"], hparams["seed"])
+
+    train_set = CropDataset(Manifest.load(split / "train"), *where, **window)
+    sampler = CropSampler(
+        len(train_set), *sampling, rank, world_size, passes=hparams["passes_per_epoch"]
+    )
+    valid_set = CropDataset(Manifest.load(split / "valid"), *where, random_crops=False, **window)
+    batches = list(CropSampler(len(valid_set), *sampling, shuffle=False))[rank::world_size]
+    return (
+        crop_loader(train_set, sampler, **options),
+        crop_loader(valid_set, batches, **options, keep_workers=False),  # read once, then kept
+    )
 
 
 @main_process_only

@@ -22,6 +22,7 @@ MODULES = (
     "jepa",
     "checkpointer",
     "brain",
+    "validation",
     "monitors",
     "hear",
 )

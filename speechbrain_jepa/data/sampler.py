@@ -1,7 +1,7 @@
 """Which crops make a batch, in which order; and the processes that read them."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -113,29 +113,34 @@ def _only(batch: Any) -> Any:
 
 def crop_loader(
     dataset: CropDataset,
-    sampler: CropSampler,
+    sampler: Iterable[list[Key]],
     num_workers: int = 0,
     prefetch_factor: int = 2,
     pin_memory: bool = False,
+    keep_workers: bool = True,
 ) -> DataLoader:
     """A loader of `CropBatch`es.
 
-    Workers live as long as the loader; each decodes whole batches on one thread. The sampler stays
-    in the main process, so `sampler.set_epoch` holds for the next iteration.
+    Workers live as long as the loader, or one round; each decodes whole batches on one thread. The
+    sampler stays in the main process, so `sampler.set_epoch` holds for the next iteration.
 
     Arguments
     ---------
     dataset : CropDataset
-    sampler : CropSampler
+    sampler : CropSampler, or a list of batches of keys
     num_workers : int
         Default 0: read in the main process.
     prefetch_factor : int
         Batches that each worker keeps ready. Default 2: one of 2048 crops takes 0.26 GiB.
     pin_memory : bool
         For CUDA devices. Default False.
+    keep_workers : bool
+        From one round to the next. Default True.
     """
     workers: dict[str, Any] = dict(
-        prefetch_factor=prefetch_factor, persistent_workers=True, worker_init_fn=_start_worker
+        prefetch_factor=prefetch_factor,
+        persistent_workers=keep_workers,
+        worker_init_fn=_start_worker,
     )
     return DataLoader(
         dataset,
