@@ -268,10 +268,15 @@ def check_decodes(path: str | os.PathLike) -> None:
 def _mono(file: soundfile.SoundFile, count: int) -> np.ndarray:
     """The next `count` samples, or as many as there are, channels averaged."""
     wav = file.read(count, dtype="float32", always_2d=True)
-    if wav.shape[1] == 1:
+    channels = wav.shape[1]
+    if channels == 1:
         return wav[:, 0]
     with np.errstate(over="ignore", invalid="ignore"):  # `_check_samples` finds these
-        return wav.mean(1)
+        # numpy's mean over an axis as short as this takes a hundred times as long
+        total = wav[:, 0] + wav[:, 1]
+        for channel in range(2, channels):
+            total += wav[:, channel]
+        return np.divide(total, channels, out=total)
 
 
 def _check_samples(path: str, wav: np.ndarray) -> None:

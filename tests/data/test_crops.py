@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import torchaudio
 
 from speechbrain_jepa.data import (
     CropBatch,
@@ -19,7 +20,7 @@ from speechbrain_jepa.data import (
     read_crop,
     scan_folder,
 )
-from speechbrain_jepa.data.resampling import resampled_length, resampler
+from speechbrain_jepa.data.resampling import resampled_length, resampling_ratio
 from speechbrain_jepa.features import LogMelSpectrogram, crop_samples, num_frames
 
 LOG_MEL = LogMelSpectrogram()
@@ -51,7 +52,8 @@ def write(path, seconds=1.0, rate=16_000, channels=1, seed=0, **options):
 def whole_log_mel(path, start=0, length=-1):
     """The obvious way: read all of it, average, resample, centred spectrogram [80, frames]."""
     wav, rate = soundfile.read(path, start=start, frames=length, dtype="float32", always_2d=True)
-    return LOG_MEL(resampler(rate)(torch.from_numpy(wav.mean(1)))[None])[0]
+    resample = torchaudio.transforms.Resample(*resampling_ratio(rate))
+    return LOG_MEL(resample(torch.from_numpy(wav.mean(1)))[None])[0]
 
 
 def crop_log_mel(path, first, frames, rate, start, length):
