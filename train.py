@@ -84,7 +84,9 @@ def make_loaders(hparams):
             hparams["crop_frames"],
             hparams["seed"],
             random_crops=name == "train",
+            crops_per_file=hparams["crops_per_file"] if name == "train" else 1,
         )
+        sampling["crops_per_file"] = dataset.crops_per_file
         sampler = CropSampler(len(dataset), hparams["batch_size"], hparams["seed"], **sampling)
         workers = hparams["num_workers"] if name == "train" else min(hparams["num_workers"], 1)
         loaders.append(crop_loader(dataset, sampler, workers, pin_memory=torch.cuda.is_available()))
@@ -103,7 +105,7 @@ def find_normalization(hparams, dataset):
         return hparams["norm_mean"], hparams["norm_std"]
     normalization, features = hparams["normalization"], hparams["features"]
     sampler = CropSampler(len(dataset), 32, hparams["seed"], passes=hparams["passes_per_epoch"])
-    batches = -(-hparams["norm_crops"] // 32)
+    batches = -(-hparams["norm_crops"] // (32 * dataset.crops_per_file))
 
     def spectrograms():
         for keys, _ in zip(sampler, range(batches)):

@@ -181,19 +181,27 @@ def read_header(path: str | os.PathLike) -> tuple[int, int]:
 
 
 def read_samples(path: str | os.PathLike, start: int, stop: int, sample_rate: int) -> np.ndarray:
-    """Samples `start` to `stop` of a file that was scanned, channels averaged.
+    """Samples `start` to `stop` of a file that was scanned: `read_spans` of one span."""
+    return read_spans(path, [(start, stop)], sample_rate)[0]
+
+
+def read_spans(
+    path: str | os.PathLike, spans: list[tuple[int, int]], sample_rate: int
+) -> list[np.ndarray]:
+    """Several stretches of a file that was scanned, channels averaged, from one opening (Ogg: one
+    each).
 
     Arguments
     ---------
     path : str, Path or ShardMember
-    start, stop : int
-        In samples at the file's own rate.
+    spans : list of (int, int)
+        Start and stop of each, in samples at the file's own rate: ascending, without overlap.
     sample_rate : int
         What the scan found, in Hz.
 
     Returns
     -------
-    array [stop - start], float32
+    list of array [stop - start], float32
 
     Raises
     ------
@@ -201,20 +209,27 @@ def read_samples(path: str | os.PathLike, start: int, stop: int, sample_rate: in
         As `open_audio`; if the file is shorter or has another rate than said; and if a sample is
         NaN, infinite or beyond +-1e10.
     """
-    path = os.fspath(path)
+    path, place, found = os.fspath(path), 0, []
     with open_audio(path) as file:
         if file.samplerate != sample_rate:
             reason = f"changed since it was scanned: {file.samplerate} Hz, was {sample_rate} Hz"
             raise UnreadableAudio(path, reason)
-        if start and file.seekable():
-            file.seek(start)
-            wav = _mono(file, stop - start)
-        else:  # GSM 6.10 and some ADPCM can be read from the beginning only
-            wav = _mono(file, stop)[start:]
-    if len(wav) < stop - start:
-        raise UnreadableAudio(path, "truncated: holds fewer samples than its header says")
-    _check_samples(path, wav)
-    return wav
+        if file.format == "OGG" and len(spans) > 1:
+            # the second seek of one opening lands elsewhere, by thousands of samples (libsndfile
+            # 1.2.2): each span has an opening of its own
+            return [read_samples(path, *span, sample_rate) for span in spans]
+        for start, stop in spans:
+            if start != place and file.seekable():
+                file.seek(start)
+                place = start
+            # GSM 6.10 and some ADPCM can be read from the beginning only
+            wav = _mono(file, stop - place)[start - place :]
+            place = stop
+            if len(wav) < stop - start:
+                raise UnreadableAudio(path, "truncated: holds fewer samples than its header says")
+            _check_samples(path, wav)
+            found.append(wav)
+    return found
 
 
 def read_whole(path: str | os.PathLike) -> tuple[np.ndarray, int]:

@@ -16,6 +16,8 @@ class CropSampler(Sampler[list[Key]]):
 
     Process `rank` of a distributed run takes every `world_size`-th item of that order. With several
     passes through the items, a key's epoch counts passes, so that each pass draws other crops.
+    With several crops of a file, a list of keys stands for as many batches, each of which has one
+    crop of every key (`crop_loader` takes them apart): no file is twice in a batch.
 
     Arguments
     ---------
@@ -32,6 +34,8 @@ class CropSampler(Sampler[list[Key]]):
         validation: every item once over all processes, in order, the last batch smaller.
     passes : int
         How often a shuffled epoch goes through the items. Default 1.
+    crops_per_file : int
+        Of each item at each pass, and so batches of a list of keys. Default 1.
 
     Raises
     ------
@@ -55,11 +59,13 @@ class CropSampler(Sampler[list[Key]]):
         world_size: int = 1,
         shuffle: bool = True,
         passes: int = 1,
+        crops_per_file: int = 1,
     ):
         for name, value in {
             "num_items": num_items,
             "batch_size": batch_size,
             "passes": passes,
+            "crops_per_file": crops_per_file,
         }.items():
             if value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")
@@ -71,6 +77,7 @@ class CropSampler(Sampler[list[Key]]):
         self.rank = rank
         self.world_size = world_size
         self.shuffle = shuffle
+        self.crops_per_file = crops_per_file
         self.passes = max(passes, math.ceil(batch_size * world_size / num_items)) if shuffle else 1
         self.set_epoch(0)
 
@@ -83,16 +90,18 @@ class CropSampler(Sampler[list[Key]]):
         """Batches of a whole epoch, for this process."""
         items = self.num_items * self.passes
         if self.shuffle:
-            return items // (self.batch_size * self.world_size)
-        return math.ceil(len(range(self.rank, items, self.world_size)) / self.batch_size)
+            return items // (self.batch_size * self.world_size) * self.crops_per_file
+        own = len(range(self.rank, items, self.world_size))
+        return math.ceil(own / self.batch_size) * self.crops_per_file
 
     def __iter__(self) -> Iterator[list[Key]]:
         order = self._order()
         own = np.arange(self.rank, len(order), self.world_size)
         epochs = self.epoch * self.passes + own // self.num_items
         items = order[own]
-        for batch in range(self.batches_done, len(self)):
-            part = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
+        rounds = len(self) // self.crops_per_file
+        for number in range(self.batches_done // self.crops_per_file, rounds):
+            part = slice(number * self.batch_size, (number + 1) * self.batch_size)
             yield list(zip(epochs[part].tolist(), items[part].tolist()))
 
     def _order(self) -> np.ndarray:
@@ -111,13 +120,31 @@ def _only(batch: Any) -> Any:
     return batch
 
 
+class CropLoader(DataLoader):
+    """Batches of one crop of each file, where the sampler's lists of keys stand for several."""
+
+    batch_sampler: CropSampler
+
+    def __iter__(self):  # type: ignore[override]  # DataLoader's is typed as its own iterator
+        sampler = self.batch_sampler
+        done = sampler.batches_done % sampler.crops_per_file  # of the first list, before a resume
+        for batch in super().__iter__():
+            if sampler.crops_per_file == 1:
+                yield batch
+                continue
+            rest = batch.split(sampler.crops_per_file)[done:]
+            rest[0].failures = batch.failures
+            yield from rest
+            done = 0
+
+
 def crop_loader(
     dataset: CropDataset,
     sampler: CropSampler,
     num_workers: int = 0,
     prefetch_factor: int = 2,
     pin_memory: bool = False,
-) -> DataLoader:
+) -> CropLoader:
     """A loader of `CropBatch`es.
 
     Workers live as long as the loader; each decodes whole batches on one thread. The sampler stays
@@ -130,14 +157,27 @@ def crop_loader(
     num_workers : int
         Default 0: read in the main process.
     prefetch_factor : int
-        Batches that each worker keeps ready. Default 2: one of 2048 crops takes 0.26 GiB.
+        Batches that each worker keeps ready. Default 2: one of 2048 crops takes 0.26 GiB. With
+        several crops of a file, lists of `crops_per_file` batches; half as many, at least 1.
     pin_memory : bool
         For CUDA devices. Default False.
+
+    Raises
+    ------
+    ValueError
+        If dataset and sampler have different `crops_per_file`.
     """
+    if dataset.crops_per_file != sampler.crops_per_file:
+        raise ValueError(
+            f"crops_per_file={dataset.crops_per_file} of the dataset, "
+            f"{sampler.crops_per_file} of the sampler: give both the same"
+        )
+    if dataset.crops_per_file > 1:
+        prefetch_factor = max(prefetch_factor // 2, 1)
     workers: dict[str, Any] = dict(
         prefetch_factor=prefetch_factor, persistent_workers=True, worker_init_fn=_start_worker
     )
-    return DataLoader(
+    return CropLoader(
         dataset,
         batch_sampler=sampler,
         collate_fn=_only,
