@@ -59,6 +59,9 @@ def prepare_manifests(hparams):
         hparams["max_valid"],
         data_folder=hparams["data_folder"] or "",
         crop_frames=hparams["crop_frames"],
+        seed=hparams["seed"],
+        verdicts=Path(hparams["output_folder"]) / SPLIT / "verdicts.json",
+        progress=True,
     )
     cache_folder = Path(hparams["cache_folder"])
     for name, items in zip(("train", "valid"), parts):

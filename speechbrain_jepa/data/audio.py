@@ -22,7 +22,6 @@ HIGHEST_RATE = (
 # full scale is 1, and unscaled 32-bit integers reach 2.1e9. The power of 400 samples of 1e10 is
 # 1e25, that of samples of 1e17 overflows float32
 LOUDEST = 1e10
-BLOCK = 2**16  # samples decoded at once where all of a file is looked at
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -259,25 +258,6 @@ def read_whole(path: str | os.PathLike) -> tuple[np.ndarray, int]:
         raise UnreadableAudio(path, f"truncated: {len(wav)} of {promised} samples")
     _check_samples(path, wav)
     return wav, rate
-
-
-def check_decodes(path: str | os.PathLike) -> None:
-    """Decode a file to its end, block by block.
-
-    Raises
-    ------
-    UnreadableAudio
-        If any crop of it could not be read.
-    """
-    path = os.fspath(path)
-    with open_audio(path) as file:
-        left = file.frames
-        while left > 0:
-            wav = _mono(file, min(left, BLOCK))
-            if len(wav) == 0:
-                raise UnreadableAudio(path, "truncated: holds fewer samples than its header says")
-            _check_samples(path, wav)
-            left -= len(wav)
 
 
 def _mono(file: soundfile.SoundFile, count: int) -> np.ndarray:

@@ -339,6 +339,14 @@ class CropDataset(Dataset):
             f"data_folder={self.data_folder} still there and whole?"
         )
 
+    def problem(self, item: int) -> str | None:
+        """Why the crop of epoch 0 of an item cannot be read; None if it can."""
+        try:
+            self._crops(item, [random_at(self.seed, CROPS, 0, item, 0)])
+            return None
+        except UnreadableAudio as error:
+            return error.reason
+
     def _crops(self, item: int, randoms: list[np.random.Generator]) -> np.ndarray:
         manifest = self.manifest
         rate, length = int(manifest.sample_rate[item]), int(manifest.length[item])

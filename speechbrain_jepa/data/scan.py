@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from speechbrain_jepa.data import shards
 from speechbrain_jepa.data.audio import UnreadableAudio, read_header
-from speechbrain_jepa.data.listing import EXTENSIONS, list_audio
+from speechbrain_jepa.data.listing import EXTENSIONS, NUM_THREADS, list_audio
 from speechbrain_jepa.data.manifest import Manifest
 from speechbrain_jepa.data.segments_csv import read_rows
 from speechbrain_jepa.data.shards import ShardMember
@@ -48,7 +48,7 @@ def scan_folder(
     data_folder: str | os.PathLike,
     cache_folder: str | os.PathLike,
     min_seconds: float = 0.2,
-    num_threads: int = 16,
+    num_threads: int = NUM_THREADS,
     progress: bool = True,
 ) -> tuple[Manifest, SkippedFiles]:
     """Find the audio files below a folder, those inside tar shards too, and read their headers.
@@ -68,7 +68,7 @@ def scan_folder(
     min_seconds : float
         Shorter files are skipped. Default 0.2.
     num_threads : int
-        That read headers. Default 16.
+        That list folders, look at files and read headers. Default 16.
     progress : bool
         Show a bar. Default True.
 
@@ -97,7 +97,7 @@ def scan_folder(
         raise NotADirectoryError(f"data_folder={data_folder} is not a folder")
     with _held(cache_folder):
         extensions = EXTENSIONS | {shards.EXTENSION}
-        found, unreadable = list_audio(os.fspath(data_folder), extensions)
+        found, unreadable = list_audio(os.fspath(data_folder), extensions, num_threads)
         if not found:
             raise ValueError(
                 f"no audio file below data_folder={data_folder}: looked for names ending in "
@@ -121,7 +121,7 @@ def read_csv(
     cache_folder: str | os.PathLike,
     data_folder: str | os.PathLike | None = None,
     min_seconds: float = 0.2,
-    num_threads: int = 16,
+    num_threads: int = NUM_THREADS,
     progress: bool = True,
 ) -> tuple[Manifest, SkippedFiles]:
     """Take the audio that a SpeechBrain csv lists, and read the files' headers.
@@ -158,7 +158,7 @@ def read_csv(
         raise FileNotFoundError(f"train_csv={train_csv} does not exist")
     root = "" if data_folder is None else os.path.abspath(data_folder)
     with _held(cache_folder):
-        entries = read_rows(train_csv, root)
+        entries = read_rows(train_csv, root, num_threads)
         if not entries:
             raise ValueError(f"train_csv={train_csv} has no rows")
         source = f"{train_csv.resolve()} {root}"
@@ -192,7 +192,7 @@ def _manifest_of(
         )
         return manifest, skipped
 
-    entries, broken_shards = _open_shards(entries, root)
+    entries, broken_shards = _open_shards(entries, root, num_threads)
     headers = {}
     is_same = before.get("source") == source and before.get("format_version") == FORMAT_VERSION
     if manifest is not None and is_same:
@@ -262,16 +262,24 @@ def _header(header: str | list[int]) -> str | tuple[int, int]:
     return int(samples), int(sample_rate)
 
 
-def _open_shards(entries, root: Path):
+def _open_shards(entries, root: Path, num_threads: int):
     """The entries with the audio in each tar shard in its place; and what is wrong with shards."""
     opened, problems, num_shards, num_members = [], [], 0, 0
-    for entry in entries:
-        path, start, stop, _, mtime = entry
-        is_shard = os.path.splitext(path)[1].lower() == shards.EXTENSION
-        if not is_shard or (start, stop) != (0, None):
+    are_shards = [
+        os.path.splitext(path)[1].lower() == shards.EXTENSION and (start, stop) == (0, None)
+        for path, start, stop, *_ in entries
+    ]
+    paths = [
+        os.path.join(root, entry[0]) for entry, is_shard in zip(entries, are_shards) if is_shard
+    ]
+    with ThreadPoolExecutor(num_threads) as pool:
+        listed = list(pool.map(lambda path: shards.list_members(path, EXTENSIONS), paths))
+    for entry, is_shard in zip(entries, are_shards):
+        path, _, _, _, mtime = entry
+        if not is_shard:
             opened.append(entry)
             continue
-        members, problem = shards.list_members(os.path.join(root, path), EXTENSIONS)
+        members, problem = listed[num_shards]
         num_shards, num_members = num_shards + 1, num_members + len(members)
         if problem or not members:
             problems.append((path, problem or "holds no audio file"))
