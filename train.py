@@ -28,6 +28,7 @@ from speechbrain_jepa.data import (
     CropSampler,
     Manifest,
     SkippedFiles,
+    choose_workers,
     crop_loader,
     cut_segments,
     decode_once,
@@ -67,7 +68,9 @@ def prepare_manifests(hparams):
     for name, items in zip(("train", "valid"), parts):
         part = manifest.subset(items)
         if hparams["decode_once"]:
-            part = decode_once(part, hparams["data_folder"], cache_folder / "decoded", skipped)
+            kind = "float" if hparams["decode_once"] is True else hparams["decode_once"]
+            place = (hparams["data_folder"], cache_folder / "decoded", skipped)
+            part = decode_once(part, *place, kind=kind)
         if name == "valid":
             part = cut_segments(part, hparams["crop_frames"])
         part.save(Path(hparams["output_folder"]) / SPLIT / name)
@@ -91,8 +94,12 @@ def make_loaders(hparams):
         )
         sampling["crops_per_file"] = dataset.crops_per_file
         sampler = CropSampler(len(dataset), hparams["batch_size"], hparams["seed"], **sampling)
-        workers = hparams["num_workers"] if name == "train" else min(hparams["num_workers"], 1)
-        loaders.append(crop_loader(dataset, sampler, workers, pin_memory=torch.cuda.is_available()))
+        on_gpu = torch.cuda.is_available()
+        workers = choose_workers(hparams["num_workers"], on_gpu)
+        options = {"advise_after": hparams["log_interval"]} if if_main_process() else {}
+        if name == "valid":
+            workers, options = min(workers, 1), {}
+        loaders.append(crop_loader(dataset, sampler, workers, pin_memory=on_gpu, **options))
     return loaders
 
 

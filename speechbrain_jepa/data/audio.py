@@ -22,6 +22,7 @@ HIGHEST_RATE = (
 # full scale is 1, and unscaled 32-bit integers reach 2.1e9. The power of 400 samples of 1e10 is
 # 1e25, that of samples of 1e17 overflows float32
 LOUDEST = 1e10
+TOO_SHORT = "truncated: holds fewer samples than its header says"
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -211,8 +212,7 @@ def read_spans(
     path, place, found = os.fspath(path), 0, []
     with open_audio(path) as file:
         if file.samplerate != sample_rate:
-            reason = f"changed since it was scanned: {file.samplerate} Hz, was {sample_rate} Hz"
-            raise UnreadableAudio(path, reason)
+            raise _changed(path, file.samplerate, sample_rate)
         if file.format == "OGG" and len(spans) > 1:
             # the second seek of one opening lands elsewhere, by thousands of samples (libsndfile
             # 1.2.2): each span has an opening of its own
@@ -225,10 +225,39 @@ def read_spans(
             wav = _mono(file, stop - place)[start - place :]
             place = stop
             if len(wav) < stop - start:
-                raise UnreadableAudio(path, "truncated: holds fewer samples than its header says")
+                raise UnreadableAudio(path, TOO_SHORT)
             _check_samples(path, wav)
             found.append(wav)
     return found
+
+
+def read_blocks(
+    path: str | os.PathLike, start: int, stop: int, sample_rate: int, block: int
+) -> Iterator[np.ndarray]:
+    """Samples `start` to `stop` of a file that was scanned, `block` by block from one opening.
+
+    Yields and raises what `read_samples` returns and raises.
+    """
+    path = os.fspath(path)
+    with open_audio(path) as file:
+        if file.samplerate != sample_rate:
+            raise _changed(path, file.samplerate, sample_rate)
+        if start and file.seekable():
+            file.seek(start)
+        elif start:
+            _mono(file, start)
+        for begin in range(start, stop, block):
+            wanted = min(block, stop - begin)
+            wav = _mono(file, wanted)
+            if len(wav) < wanted:
+                raise UnreadableAudio(path, TOO_SHORT)
+            _check_samples(path, wav)
+            yield wav
+
+
+def _changed(path: str, found: int, expected: int) -> UnreadableAudio:
+    reason = f"changed since it was scanned: {found} Hz, was {expected} Hz"
+    return UnreadableAudio(path, reason)
 
 
 def read_whole(path: str | os.PathLike) -> tuple[np.ndarray, int]:

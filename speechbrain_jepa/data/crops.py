@@ -6,7 +6,8 @@ number of loader processes, and after a resume.
 
 import math
 import os
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -211,29 +212,33 @@ class CropBatch:
         Rows of the manifest.
     failures : list of (str, str)
         Path and reason of each file that broke; other files took their places.
+    seconds : float
+        That reading took.
     """
 
     wav: Tensor
     item: Tensor
     failures: list[tuple[str, str]] = field(default_factory=list)
+    seconds: float = 0.0
 
     def __len__(self) -> int:
         return len(self.wav)
 
     def to(self, device) -> "CropBatch":
         wav, item = (x.to(device, non_blocking=True) for x in (self.wav, self.item))
-        return CropBatch(wav, item, self.failures)
+        return replace(self, wav=wav, item=item)
 
     def split(self, parts: int) -> list["CropBatch"]:
         """So many batches of as many consecutive rows each; the first has the failures."""
         batches = [
-            CropBatch(wav, item) for wav, item in zip(self.wav.chunk(parts), self.item.chunk(parts))
+            CropBatch(wav, item, seconds=self.seconds / parts)
+            for wav, item in zip(self.wav.chunk(parts), self.item.chunk(parts))
         ]
         batches[0].failures = self.failures
         return batches
 
     def pin_memory(self) -> "CropBatch":
-        return CropBatch(self.wav.pin_memory(), self.item.pin_memory(), self.failures)
+        return replace(self, wav=self.wav.pin_memory(), item=self.item.pin_memory())
 
 
 class CropDataset(Dataset):
@@ -307,13 +312,15 @@ class CropDataset(Dataset):
 
         First one crop of every key, in the order of the keys, then the next of each, ...
         """
+        began = time.perf_counter()
         wav = torch.empty(self.crops_per_file, len(keys), crop_samples(self.crop_frames))
         crops, items = wav.numpy(), []
         failures: list[tuple[str, str]] = []
         for row, (epoch, item) in enumerate(keys):
             crops[:, row], item = self._read(epoch if self.random_crops else 0, item, failures)
             items.append(item)
-        return CropBatch(wav.flatten(0, 1), torch.tensor(items * self.crops_per_file), failures)
+        item = torch.tensor(items * self.crops_per_file)
+        return CropBatch(wav.flatten(0, 1), item, failures, time.perf_counter() - began)
 
     def _read(self, epoch: int, item: int, failures: list) -> tuple[np.ndarray, int]:
         """The crops of an item, or of its replacement, and whose they are.

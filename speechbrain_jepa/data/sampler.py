@@ -1,6 +1,8 @@
 """Which crops make a batch, in which order; and the processes that read them."""
 
+import logging
 import math
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +11,9 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from speechbrain_jepa.data.crops import ORDER, CropDataset, Key, random_at
+from speechbrain_jepa.data.workers import LoaderAdvice, available_cpus
+
+logger = logging.getLogger(__name__)
 
 
 class CropSampler(Sampler[list[Key]]):
@@ -121,11 +126,25 @@ def _only(batch: Any) -> Any:
 
 
 class CropLoader(DataLoader):
-    """Batches of one crop of each file, where the sampler's lists of keys stand for several."""
+    """Batches of one crop of each file, where the sampler's lists of keys stand for several; and
+    how many processes it takes to keep up, said once."""
 
     batch_sampler: CropSampler
+    advice: LoaderAdvice | None = None
 
     def __iter__(self):  # type: ignore[override]  # DataLoader's is typed as its own iterator
+        left = time.perf_counter()
+        for batch in self._batches():
+            came = time.perf_counter()
+            yield batch
+            if self.advice is not None:
+                now = time.perf_counter()
+                if self.advice.add(batch.seconds, came - left, now - came):
+                    logger.info(self.advice.sentence(available_cpus()))
+                    self.advice = None
+            left = time.perf_counter()
+
+    def _batches(self):
         sampler = self.batch_sampler
         done = sampler.batches_done % sampler.crops_per_file  # of the first list, before a resume
         for batch in super().__iter__():
@@ -144,6 +163,7 @@ def crop_loader(
     num_workers: int = 0,
     prefetch_factor: int = 2,
     pin_memory: bool = False,
+    advise_after: int | None = None,
 ) -> CropLoader:
     """A loader of `CropBatch`es.
 
@@ -161,6 +181,9 @@ def crop_loader(
         several crops of a file, lists of `crops_per_file` batches; half as many, at least 1.
     pin_memory : bool
         For CUDA devices. Default False.
+    advise_after : int or None
+        Log, after so many batches (20 at least), how many workers would keep up with whoever takes
+        them. None (default): do not.
 
     Raises
     ------
@@ -177,7 +200,7 @@ def crop_loader(
     workers: dict[str, Any] = dict(
         prefetch_factor=prefetch_factor, persistent_workers=True, worker_init_fn=_start_worker
     )
-    return CropLoader(
+    loader = CropLoader(
         dataset,
         batch_sampler=sampler,
         collate_fn=_only,
@@ -185,3 +208,6 @@ def crop_loader(
         pin_memory=pin_memory,
         **(workers if num_workers else {}),
     )
+    if advise_after is not None and num_workers:
+        loader.advice = LoaderAdvice(num_workers, advise_after)
+    return loader

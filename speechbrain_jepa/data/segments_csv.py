@@ -2,7 +2,7 @@
 
 import csv
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,7 +11,12 @@ from speechbrain_jepa.data.listing import NUM_THREADS, stat_files
 COLUMNS = ("ID", "duration", "wav")
 
 
-def read_rows(train_csv: Path, root: str, num_threads: int = NUM_THREADS) -> list[tuple]:
+def read_rows(
+    train_csv: Path,
+    root: str,
+    num_threads: int = NUM_THREADS,
+    keep: Callable[[str], bool] | None = None,
+) -> list[tuple]:
     """(path, start, stop, size, mtime_ns) of each row; stop None is the file's end.
 
     Arguments
@@ -22,6 +27,8 @@ def read_rows(train_csv: Path, root: str, num_threads: int = NUM_THREADS) -> lis
         What `$data_root` stands for and where relative paths start, or "".
     num_threads : int
         That look at the files. Default 16.
+    keep : callable or None
+        Rows whose path it says no to are left out. None (default): none.
 
     Raises
     ------
@@ -42,7 +49,8 @@ def read_rows(train_csv: Path, root: str, num_threads: int = NUM_THREADS) -> lis
                 place = f"{train_csv}, line {reader.line_num}"
                 path = _path(row["wav"], root, place)
                 start, stop = _segment(row.get("start"), row.get("stop"), place)
-                segments.append((path, start, stop))
+                if keep is None or keep(path):
+                    segments.append((path, start, stop))
         except csv.Error as error:
             line = reader.reader.line_num  # of the csv reader inside: the last whole line
             raise ValueError(f"{train_csv}, line {line}: {error}") from error

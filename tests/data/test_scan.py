@@ -4,6 +4,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
 import threading
 import time
 
@@ -311,3 +312,24 @@ def test_a_scan_waits_for_another_and_finds_its_result(folder, headers_read):
         thread.join(60)
     assert [paths(manifest) for manifest in results] == [paths(results[0])] * 4
     assert set(headers_read.values()) == {1}
+
+
+def test_long_mp3_files_are_said_to_cost_what_they_cost(folder, caplog):
+    scan(folder)
+    assert "mp3" not in caplog.text
+    write(folder / "deep/speech.MP3", 400.0)
+    write(folder / "long.flac", 400.0)
+    with caplog.at_level("WARNING"):
+        scan(folder)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith(
+        "1 of 7 segments are mp3 of more than 5 minutes (0.1 of 0.2 hours): a crop in the middle "
+        "of the longest, 7 minutes, takes "
+    )
+    far, near = re.search(
+        r"takes (\d+) ms to read, at its beginning (\d+\.\d) ms", message
+    ).groups()
+    assert float(far) > float(near) > 0 and "speechbrain_jepa.prepare" in message
+    caplog.clear()
+    scan(folder)
+    assert not caplog.records  # nothing has changed
