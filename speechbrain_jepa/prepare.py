@@ -93,10 +93,11 @@ def prepare(
     folder = out / share.folder
     with folder_lock(folder, "wait for it, or give this process another --shard"):
         options: dict = dict(min_seconds=min_seconds, progress=progress, share=share)
+        cache = folder / "scan"
         if train_csv is not None:
-            manifest, skipped = read_csv(train_csv, folder / "scan", data_folder, **options)
+            manifest, skipped = read_csv(train_csv, cache, data_folder, **options)
         else:
-            manifest, skipped = scan_folder(data_folder, folder / "scan", **options)
+            manifest, skipped = scan_folder(data_folder or "", cache, **options)
         threads = num_threads or available_cpus()
         return write_share(
             *(manifest, skipped, data_folder or "", folder),

@@ -319,8 +319,8 @@ class CropDataset(Dataset):
         for row, (epoch, item) in enumerate(keys):
             crops[:, row], item = self._read(epoch if self.random_crops else 0, item, failures)
             items.append(item)
-        item = torch.tensor(items * self.crops_per_file)
-        return CropBatch(wav.flatten(0, 1), item, failures, time.perf_counter() - began)
+        whose = torch.tensor(items * self.crops_per_file)
+        return CropBatch(wav.flatten(0, 1), whose, failures, time.perf_counter() - began)
 
     def _read(self, epoch: int, item: int, failures: list) -> tuple[np.ndarray, int]:
         """The crops of an item, or of its replacement, and whose they are.

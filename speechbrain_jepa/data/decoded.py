@@ -191,19 +191,19 @@ def decode_once(
         samples = resampled_length(length, rate)
         # one that is too loud for 16 bits is there as "float"
         places = {name: folder / _name(source, start, length, name) for name in (kind, "float")}
-        there = (out for out in places.values() if _is_decoded(out, samples, changed))
-        out = next(there, None)
-        for name in places if out is None else ():
+        there = [out for out in places.values() if _is_decoded(out, samples, changed)]
+        for name in () if there else places:
             try:
                 with whole_file(places[name]) as partial:
                     write_segment(partial, name, source, rate, start, length)
                     os.utime(partial, ns=(changed, changed))
-                out = places[name]
+                there.append(places[name])
                 break
             except UnreadableAudio as error:
                 return path, error.reason
             except TooLoud:
                 continue
+        out = there[0]
         return str(out), 0, samples, SAMPLE_RATE, samples, out.stat().st_size, changed
 
     rows = []

@@ -113,7 +113,7 @@ def scan_folder(
     with _held(cache_folder):
         extensions = EXTENSIONS | {shards.EXTENSION}
         found, unreadable = list_audio(
-            os.fspath(data_folder), extensions, num_threads, share and share.has
+            os.fspath(data_folder), extensions, num_threads, share.has if share else None
         )
         if not found:
             part = "" if share is None else f" is in share {share}"
@@ -177,7 +177,7 @@ def read_csv(
         raise FileNotFoundError(f"train_csv={train_csv} does not exist")
     root = "" if data_folder is None else os.path.abspath(data_folder)
     with _held(cache_folder):
-        entries = read_rows(train_csv, root, num_threads, share and share.has)
+        entries = read_rows(train_csv, root, num_threads, share.has if share else None)
         if not entries:
             part = "" if share is None else f" in share {share}"
             raise ValueError(f"train_csv={train_csv} has no rows{part}")
