@@ -61,6 +61,7 @@ def prepare_manifests(hparams):
         data_folder=hparams["data_folder"] or "",
         crop_frames=hparams["crop_frames"],
         seed=hparams["seed"],
+        n_fft=hparams["n_fft"],
         verdicts=Path(hparams["output_folder"]) / SPLIT / "verdicts.json",
         progress=True,
     )
@@ -91,6 +92,7 @@ def make_loaders(hparams):
             hparams["seed"],
             random_crops=name == "train",
             crops_per_file=hparams["crops_per_file"] if name == "train" else 1,
+            n_fft=hparams["n_fft"],
         )
         sampling["crops_per_file"] = dataset.crops_per_file
         sampler = CropSampler(len(dataset), hparams["batch_size"], hparams["seed"], **sampling)
@@ -149,7 +151,7 @@ def pretrain(hparams, recipe, run_opts):
         from speechbrain_jepa.evaluation.online_probe import OnlineProbe
 
         hparams["online_probe"] = OnlineProbe(
-            hparams["online_probe_csv"], hparams["online_probe_every"]
+            hparams["online_probe_csv"], hparams["online_probe_every"], hparams["read_out"]
         )
     if hparams["data_folder"] is None and hparams["train_csv"] is None:
         logger.info("No --data_folder and no --train_csv: taking the generated demo corpus")
@@ -177,6 +179,8 @@ def pretrain(hparams, recipe, run_opts):
             "encoder": hparams["encoder"],
             "normalization": hparams["normalization"],
             "training": describe_training(hparams, brain),
+            "read_out": hparams["read_out"],
+            "log_mel": hparams["features"],
         },
     )
     brain.fit(hparams["epoch_counter"], train_loader, valid_loader)

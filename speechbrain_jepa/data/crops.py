@@ -25,7 +25,7 @@ from speechbrain_jepa.data.resampling import (
 )
 from speechbrain_jepa.features import (
     HOP_LENGTH,
-    MARGIN,
+    N_FFT,
     SAMPLE_RATE,
     crop_samples,
     num_frames,
@@ -71,6 +71,7 @@ def read_crop(
     sample_rate: int,
     start: int,
     length: int,
+    n_fft: int = N_FFT,
 ) -> np.ndarray:
     """Read what `frames` spectrogram frames of a segment need, from its `first_frame` on.
 
@@ -87,10 +88,12 @@ def read_crop(
         Of the file, in Hz.
     start, length : int
         The segment, in samples at the file's rate.
+    n_fft : int
+        Of the log-mel that the crop is for. Default 400.
 
     Returns
     -------
-    array [crop_samples(frames)], float32
+    array [crop_samples(frames, n_fft)], float32
         Mono (the mean of the channels), 16 kHz.
 
     Raises
@@ -107,7 +110,7 @@ def read_crop(
     >>> read_crop(path, 10, 64, sample_rate=44_100, start=0, length=44_100).shape
     (10480,)
     """
-    return read_crops(path, [first_frame], frames, sample_rate, start, length)[0]
+    return read_crops(path, [first_frame], frames, sample_rate, start, length, n_fft)[0]
 
 
 def read_crops(
@@ -117,6 +120,7 @@ def read_crops(
     sample_rate: int,
     start: int,
     length: int,
+    n_fft: int = N_FFT,
 ) -> np.ndarray:
     """Read several crops of a segment from one opening of its file.
 
@@ -125,14 +129,14 @@ def read_crops(
 
     Arguments
     ---------
-    path, frames, sample_rate, start, length
+    path, frames, sample_rate, start, length, n_fft
         As in `read_crop`.
     first_frames : list of int
         Of each crop, in any order.
 
     Returns
     -------
-    array [crops, crop_samples(frames)], float32
+    array [crops, crop_samples(frames, n_fft)], float32
 
     Raises
     ------
@@ -141,13 +145,13 @@ def read_crops(
     """
     path = os.fspath(path)
     available = resampled_length(length, sample_rate)
-    begins = [first * HOP_LENGTH - MARGIN for first in first_frames]
+    begins = [first * HOP_LENGTH - n_fft // 2 for first in first_frames]
     for first in first_frames:
         if not 0 <= first < num_frames(available):
             raise UnreadableAudio(
                 path, f"has {num_frames(available)} frames: none at first_frame={first}"
             )
-    samples = crop_samples(frames)
+    samples = crop_samples(frames, n_fft)
     needs = [(max(begin, 0), min(begin + samples, available)) for begin in begins]
     spans = _joined(needs, round(NEAR * SAMPLE_RATE))
     wavs = _read_resampled(path, spans, sample_rate, start, length)
@@ -207,7 +211,7 @@ class CropBatch:
 
     Arguments
     ---------
-    wav : Tensor [B, crop_samples(frames)], float32
+    wav : Tensor [B, crop_samples(frames, n_fft)], float32
     item : Tensor [B], int64
         Rows of the manifest.
     failures : list of (str, str)
@@ -260,6 +264,8 @@ class CropDataset(Dataset):
         Crops that a key stands for, each drawn for itself, read from one opening of the file:
         those of key (epoch, item) are what (crops_per_file * epoch + 0, 1, ...; item) would draw
         alone. Default 1.
+    n_fft : int
+        Of the log-mel that the crops are for. Default 400.
 
     Raises
     ------
@@ -286,6 +292,7 @@ class CropDataset(Dataset):
         seed: int = 0,
         random_crops: bool = True,
         crops_per_file: int = 1,
+        n_fft: int = N_FFT,
     ):
         if len(manifest) == 0:
             raise ValueError("the manifest is empty: there is nothing to crop")
@@ -299,6 +306,7 @@ class CropDataset(Dataset):
         self.seed = seed
         self.random_crops = random_crops
         self.crops_per_file = crops_per_file
+        self.n_fft = n_fft
         self._reported: set[int] = set()  # broken items that this process has reported
 
     def __len__(self) -> int:
@@ -313,7 +321,8 @@ class CropDataset(Dataset):
         First one crop of every key, in the order of the keys, then the next of each, ...
         """
         began = time.perf_counter()
-        wav = torch.empty(self.crops_per_file, len(keys), crop_samples(self.crop_frames))
+        samples = crop_samples(self.crop_frames, self.n_fft)
+        wav = torch.empty(self.crops_per_file, len(keys), samples)
         crops, items = wav.numpy(), []
         failures: list[tuple[str, str]] = []
         for row, (epoch, item) in enumerate(keys):
@@ -360,4 +369,5 @@ class CropDataset(Dataset):
         room = num_frames(resampled_length(length, rate)) - self.crop_frames
         firsts = [int(random.integers(room + 1)) if room > 0 else 0 for random in randoms]
         path = shards.join(self.data_folder, manifest.path(item))
-        return read_crops(path, firsts, self.crop_frames, rate, int(manifest.start[item]), length)
+        start = int(manifest.start[item])
+        return read_crops(path, firsts, self.crop_frames, rate, start, length, self.n_fft)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from speechbrain_jepa.data.crops import CropDataset
 from speechbrain_jepa.data.listing import NUM_THREADS
 from speechbrain_jepa.data.manifest import Manifest
-from speechbrain_jepa.features import HOP_LENGTH, SAMPLE_RATE
+from speechbrain_jepa.features import HOP_LENGTH, N_FFT, SAMPLE_RATE
 from speechbrain_jepa.files import write_text
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,7 @@ def split_held_out(
     crop_frames: int | None = None,
     min_crops: int = MIN_CROPS,
     seed: int = 0,
+    n_fft: int = N_FFT,
     verdicts: str | os.PathLike | None = None,
     num_threads: int = NUM_THREADS,
     progress: bool = False,
@@ -60,8 +61,8 @@ def split_held_out(
         Of 10 ms. None (default): crops are not counted.
     min_crops : int
         Crops that do not overlap (`cut_segments`), at least. Default 16.
-    seed : int
-        Of the validation crops. Default 0.
+    seed, n_fft : int
+        Of the validation crops (`CropDataset`). Default 0 and 400.
     verdicts : str, path, or None
         A json file of what was found, by path, size, modification time and place: with it, what
         was read once is not read again. None (default): nothing is kept.
@@ -108,7 +109,7 @@ def split_held_out(
     if crop_frames is not None:
         most = max(wanted, min(fit, int(LARGEST_SHARE * len(files))))
         crops = np.bincount(owner.ravel(), _crops_that_fit(manifest, crop_frames))
-    kept = _Verdicts(manifest, data_folder, crop_frames, min_crops, seed, verdicts)
+    kept = _Verdicts(manifest, data_folder, crop_frames, min_crops, seed, n_fft, verdicts)
     while True:
         held_out: list[np.uint64] = []
         num_crops = 0
@@ -141,12 +142,13 @@ class _Verdicts:
     be read speaks for itself alone.
     """
 
-    def __init__(self, manifest: Manifest, data_folder, crop_frames, min_crops, seed, path):
+    def __init__(self, manifest: Manifest, data_folder, crop_frames, min_crops, seed, n_fft, path):
         self.manifest = manifest
         self.data_folder = data_folder
         self.crop_frames = crop_frames
         self.min_crops = min_crops
         self.seed = seed
+        self.n_fft = n_fft
         self.path = None if path is None else Path(path)
         self.good: set[tuple] = set()  # crops
         self.broken: dict[tuple, str] = {}  # files: reasons
@@ -170,11 +172,12 @@ class _Verdicts:
         if self.crop_frames is not None:
             pieces = cut_segments(pieces, self.crop_frames, self.min_crops)
         frames = self.crop_frames or CROP_FRAMES
-        dataset = CropDataset(pieces, self.data_folder, frames, self.seed, random_crops=False)
+        drawn: dict = {"seed": self.seed, "n_fft": self.n_fft, "random_crops": False}
+        dataset = CropDataset(pieces, self.data_folder, frames, **drawn)
 
         def crop(row: int) -> tuple:
-            place = (int(pieces.start[row]), int(pieces.length[row]), frames, self.seed, row)
-            return (*self._file(pieces, row), *place)
+            place = (int(pieces.start[row]), int(pieces.length[row]))
+            return (*self._file(pieces, row), *place, frames, self.n_fft, self.seed, row)
 
         self.used = set(map(crop, range(len(pieces))))
         rows = [row for row in range(len(pieces)) if crop(row) not in self.good]
