@@ -28,6 +28,7 @@ from speechbrain_jepa.data import (
     CropSampler,
     Manifest,
     SkippedFiles,
+    choose_workers,
     crop_loader,
     cut_segments,
     decode_once,
@@ -59,12 +60,18 @@ def prepare_manifests(hparams):
         hparams["max_valid"],
         data_folder=hparams["data_folder"] or "",
         crop_frames=hparams["crop_frames"],
+        seed=hparams["seed"],
+        n_fft=hparams["n_fft"],
+        verdicts=Path(hparams["output_folder"]) / SPLIT / "verdicts.json",
+        progress=True,
     )
     cache_folder = Path(hparams["cache_folder"])
     for name, items in zip(("train", "valid"), parts):
         part = manifest.subset(items)
         if hparams["decode_once"]:
-            part = decode_once(part, hparams["data_folder"], cache_folder / "decoded", skipped)
+            kind = "float" if hparams["decode_once"] is True else hparams["decode_once"]
+            place = (hparams["data_folder"], cache_folder / "decoded", skipped)
+            part = decode_once(part, *place, kind=kind)
         if name == "valid":
             part = cut_segments(part, hparams["crop_frames"])
         part.save(Path(hparams["output_folder"]) / SPLIT / name)
@@ -76,17 +83,21 @@ def make_loaders(hparams):
     split = Path(hparams["output_folder"]) / SPLIT
     where = (hparams["data_folder"], hparams["crop_frames"], hparams["seed"])
     window = {"n_fft": hparams["n_fft"]}
-    options = {"num_workers": hparams["num_workers"], "pin_memory": torch.cuda.is_available()}
+    on_gpu = torch.cuda.is_available()
+    workers = choose_workers(hparams["num_workers"], on_gpu)
+    options = {"num_workers": workers, "pin_memory": on_gpu}
     sampling = (hparams["batch_size"], hparams["seed"])
+    crops = {"crops_per_file": hparams["crops_per_file"]}
 
-    train_set = CropDataset(Manifest.load(split / "train"), *where, **window)
+    train_set = CropDataset(Manifest.load(split / "train"), *where, **crops, **window)
     sampler = CropSampler(
-        len(train_set), *sampling, rank, world_size, passes=hparams["passes_per_epoch"]
+        len(train_set), *sampling, rank, world_size, passes=hparams["passes_per_epoch"], **crops
     )
     valid_set = CropDataset(Manifest.load(split / "valid"), *where, random_crops=False, **window)
     batches = list(CropSampler(len(valid_set), *sampling, shuffle=False))[rank::world_size]
+    advice = {"advise_after": hparams["log_interval"]} if if_main_process() else {}
     return (
-        crop_loader(train_set, sampler, **options),
+        crop_loader(train_set, sampler, **options, **advice),
         crop_loader(valid_set, batches, **options, keep_workers=False),  # read once, then kept
     )
 
@@ -103,7 +114,7 @@ def find_normalization(hparams, dataset):
         return hparams["norm_mean"], hparams["norm_std"]
     normalization, features = hparams["normalization"], hparams["features"]
     sampler = CropSampler(len(dataset), 32, hparams["seed"], passes=hparams["passes_per_epoch"])
-    batches = -(-hparams["norm_crops"] // 32)
+    batches = -(-hparams["norm_crops"] // (32 * dataset.crops_per_file))
 
     def spectrograms():
         for keys, _ in zip(sampler, range(batches)):

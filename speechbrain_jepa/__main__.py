@@ -5,6 +5,7 @@ import sys
 from importlib.metadata import version
 
 COMMANDS = {
+    "prepare": "a corpus decoded once into tar shards, on one machine or many",
     "embed": "embeddings of audio files and folders",
     "export": "a training run's encoder as a pretrained folder",
     "convert": "weights of M2D, MATPAC or the paper's released code as a pretrained folder",

@@ -152,6 +152,8 @@ def settings(data, output, cache, **others):
         "crop_frames": 208,
         "decode_once": False,
         "passes_per_epoch": 1,
+        "crops_per_file": 1,
+        "log_interval": 50,
         "batch_size": 4,
         "num_workers": 0,
         "seed": 0,

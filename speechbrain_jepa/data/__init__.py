@@ -9,6 +9,7 @@ from speechbrain_jepa.data.sampler import CropSampler, crop_loader
 from speechbrain_jepa.data.scan import read_csv, scan_folder
 from speechbrain_jepa.data.skipped import SkippedFiles
 from speechbrain_jepa.data.split import cut_segments, split_held_out
+from speechbrain_jepa.data.workers import choose_workers
 
 __all__ = [
     "CropBatch",
@@ -17,6 +18,7 @@ __all__ = [
     "Manifest",
     "SkippedFiles",
     "UnreadableAudio",
+    "choose_workers",
     "crop_loader",
     "cut_segments",
     "decode_once",
