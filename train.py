@@ -27,6 +27,7 @@ from speechbrain_jepa.data import (
     CropDataset,
     CropSampler,
     Manifest,
+    MixedCropSampler,
     SkippedFiles,
     crop_loader,
     cut_segments,
@@ -86,10 +87,25 @@ def make_loaders(hparams):
             random_crops=name == "train",
             n_fft=hparams["n_fft"],
         )
-        sampler = CropSampler(len(dataset), hparams["batch_size"], hparams["seed"], **sampling)
+        sampling = {"seed": hparams["seed"], **sampling}
+        sampler = CropSampler(len(dataset), hparams["batch_size"], **sampling)
+        if name == "train" and hparams["mixed_frames"]:
+            check_mixed(hparams["mixed_frames"], hparams["crop_frames"])
+            sampler = MixedCropSampler(
+                len(dataset), hparams["batch_size"], hparams["mixed_frames"], **sampling
+            )
         workers = hparams["num_workers"] if name == "train" else min(hparams["num_workers"], 1)
         loaders.append(crop_loader(dataset, sampler, workers, pin_memory=torch.cuda.is_available()))
     return loaders
+
+
+def check_mixed(frames, crop_frames):
+    """The grid is that of the longest duration."""
+    if max(frames) != crop_frames:
+        raise ValueError(
+            f"mixed_frames={frames} with crop_frames={crop_frames}: crop_frames must be the "
+            f"longest of them, {max(frames)}"
+        )
 
 
 @main_process_only

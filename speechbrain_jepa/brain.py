@@ -2,6 +2,7 @@
 
 import os
 import platform
+from dataclasses import replace
 from pathlib import Path
 
 import speechbrain as sb
@@ -18,7 +19,7 @@ from speechbrain.utils.logger import get_logger
 
 from speechbrain_jepa.attention import choose_backend
 from speechbrain_jepa.files import full_disk_named
-from speechbrain_jepa.masking import PatchMasks
+from speechbrain_jepa.masking import PatchMasks, for_grid
 from speechbrain_jepa.monitors import (
     CollapseAlarm,
     Interval,
@@ -30,6 +31,7 @@ from speechbrain_jepa.monitors import (
 
 logger = get_logger(__name__)
 
+AUGMENTATION = 1  # a stream of random numbers beside that of the masks
 REFERENCE_BATCH = 256  # the learning rate is base rate * global batch / 256
 MONITORED_PATCHES = 4096  # of the validation set, about: their embeddings give the effective rank
 TRAIN_COLUMNS = (
@@ -86,7 +88,9 @@ class JEPABrain(sb.Brain):
 
     hparams read here: `masking` (a strategy), `learning_rate_schedule`, `ema_schedule` (callables
     of step and total steps), `seed`, `batch_size` (per device), `log_interval` (optimiser steps),
-    `collapse_share`, `output_folder`, `train_logger`, and optionally `tensorboard_logger`,
+    `collapse_share`, `output_folder`, `train_logger`, and optionally `masks_per_clip` (1 if there
+    is none), `predicted_share` (of the targets), `mixed_frames`
+    (durations beside the grid's), `augment` (of the waveforms), `tensorboard_logger`,
     `online_probe` (speechbrain_jepa.evaluation.online_probe) and `skipped_files` (told of audio
     files that break during training). Run options are SpeechBrain's own.
 
@@ -114,6 +118,12 @@ class JEPABrain(sb.Brain):
             dtype = AMPConfig.from_name(precision).dtype
             choose_backend(self.jepa.context_encoder.attention, torch.device(self.device), dtype)
         self.mask_generator = torch.Generator(self.device)
+        grid = self.jepa.context_encoder.grid
+        self.maskings = {  # of other durations than the grid's
+            frames: for_grid(self.hparams.masking, replace(grid, frames=frames))
+            for frames in getattr(self.hparams, "mixed_frames", None) or ()
+            if frames != grid.frames
+        }
         self.alarm = CollapseAlarm(self.hparams.collapse_share)
         regularizer = self.jepa.regularizer
         self.parts = () if regularizer is None else ("prediction", *regularizer.names)
@@ -186,23 +196,34 @@ class JEPABrain(sb.Brain):
 
     # One batch
 
-    def draw_masks(self, clips: int, stage) -> PatchMasks:
+    def draw_masks(self, clips: int, stage, frames: int | None = None) -> PatchMasks:
         """Masks that depend only on seed, process, epoch and batch: a resume draws them again."""
+        self._seed(stage)
+        rows = clips * getattr(self.hparams, "masks_per_clip", 1)
+        masking = self.maskings.get(frames, self.hparams.masking)
+        masks = masking(rows, device=self.device, generator=self.mask_generator)
+        share = getattr(self.hparams, "predicted_share", None)
+        return masks if share is None else masks.predicting(share, self.mask_generator)
+
+    def _seed(self, stage, *stream: int) -> torch.Generator:
+        """The generator of masks, or of another stream, at the place of this batch."""
         if stage == sb.Stage.TRAIN:
             key = (self.hparams.seed, self.process_rank, self.epoch, self.step)
         else:
             key = (self.hparams.seed, -1, 0, self.step)  # the same in every validation
-        self.mask_generator.manual_seed(hash(key) & (2**63 - 1))
-        return self.hparams.masking(clips, device=self.device, generator=self.mask_generator)
+        return self.mask_generator.manual_seed(hash((*key, *stream)) & (2**63 - 1))
 
     def compute_forward(self, batch, stage):
         """Log-mel, normalisation, masks and the JEPA's forward pass."""
         self._report_skipped(batch)
         batch = batch.to(self.device)
         with torch.no_grad():
-            spectrogram = self.modules.features(batch.wav, margins=True)
+            wav, augment = batch.wav, getattr(self.hparams, "augment", None)
+            if augment is not None and stage == sb.Stage.TRAIN:
+                wav = augment(wav, self._seed(stage, AUGMENTATION))
+            spectrogram = self.modules.features(wav, margins=True)
             spectrogram = self.modules.normalization(spectrogram)
-        masks = self.draw_masks(len(batch), stage)
+        masks = self.draw_masks(len(batch), stage, spectrogram.shape[2])
         output = self.modules.jepa(spectrogram, masks)
         if stage != sb.Stage.TRAIN:
             self._collect(spectrogram, masks, output)
@@ -308,7 +329,7 @@ class JEPABrain(sb.Brain):
     def _collect(self, spectrogram, masks, output):
         """Targets of this batch and the context encoder's view of whole spectrograms."""
         self.valid_parts.append({name: part.item() for name, part in output.parts.items()})
-        targets, index = output.targets, masks.target_index
+        targets, index = output.targets, masks.predicted_index
         if output.target_valid is not None:
             targets, index = targets[output.target_valid], index[output.target_valid]
         self.target_statistics.add(targets, index)

@@ -26,8 +26,9 @@ from speechbrain_jepa.features import HOP_LENGTH, N_FFT, crop_samples, num_frame
 
 MAX_REPLACEMENTS = 32  # broken files in a row; more mean that the disk is the problem
 
-Key = tuple[int, int]  # (pass through the items, item)
-CROPS, ORDER = 0, 1  # streams: independent random numbers of one seed
+# (pass through the items, item), and the crop's frames where they are not the dataset's own
+Key = tuple[int, int] | tuple[int, int, int]
+CROPS, ORDER, DURATIONS = 0, 1, 2  # streams: independent random numbers of one seed
 
 
 def random_at(seed: int, stream: int, *place: int) -> np.random.Generator:
@@ -167,7 +168,7 @@ class CropBatch:
 
 
 class CropDataset(Dataset):
-    """Crops of a manifest's segments, asked for by key (epoch, item).
+    """Crops of a manifest's segments, asked for by key (epoch, item), or (epoch, item, frames).
 
     Arguments
     ---------
@@ -229,16 +230,18 @@ class CropDataset(Dataset):
         return self.__getitems__([key])
 
     def __getitems__(self, keys: list[Key]) -> CropBatch:
-        """Read one crop for each key; broken files are replaced by others and reported."""
-        wav = torch.empty(len(keys), crop_samples(self.crop_frames, self.n_fft))
+        """Read one crop for each key, all of the same frames; broken files are replaced by others
+        and reported."""
+        frames = keys[0][2] if len(keys[0]) == 3 else self.crop_frames
+        wav = torch.empty(len(keys), crop_samples(frames, self.n_fft))
         items: list[int] = []
         failures: list[tuple[str, str]] = []
-        for row, (epoch, item) in zip(wav.numpy(), keys):
-            row[:], item = self._read(epoch if self.random_crops else 0, item, failures)
+        for row, (epoch, item, *_) in zip(wav.numpy(), keys):
+            row[:], item = self._read(epoch if self.random_crops else 0, item, frames, failures)
             items.append(item)
         return CropBatch(wav, torch.tensor(items), failures)
 
-    def _read(self, epoch: int, item: int, failures: list) -> tuple[np.ndarray, int]:
+    def _read(self, epoch: int, item: int, frames: int, failures: list) -> tuple[np.ndarray, int]:
         """The crop of an item, or of its replacement, and whose it is.
 
         What broke before is tried again: a cut-off file has good crops as well as bad ones, and if
@@ -248,7 +251,7 @@ class CropDataset(Dataset):
             random = random_at(self.seed, CROPS, attempt, item, epoch)
             chosen = item if attempt == 0 else int(random.integers(len(self.manifest)))
             try:
-                return self._crop(chosen, random), chosen
+                return self._crop(chosen, frames, random), chosen
             except UnreadableAudio as error:
                 last = error
                 if chosen not in self._reported:
@@ -259,11 +262,11 @@ class CropDataset(Dataset):
             f"data_folder={self.data_folder} still there and whole?"
         )
 
-    def _crop(self, item: int, random: np.random.Generator) -> np.ndarray:
+    def _crop(self, item: int, frames: int, random: np.random.Generator) -> np.ndarray:
         manifest = self.manifest
         rate, length = int(manifest.sample_rate[item]), int(manifest.length[item])
-        room = num_frames(resampled_length(length, rate)) - self.crop_frames
+        room = num_frames(resampled_length(length, rate)) - frames
         first = int(random.integers(room + 1)) if room > 0 else 0
         path = shards.join(self.data_folder, manifest.path(item))
         start = int(manifest.start[item])
-        return read_crop(path, first, self.crop_frames, rate, start, length, self.n_fft)
+        return read_crop(path, first, frames, rate, start, length, self.n_fft)
