@@ -202,6 +202,8 @@ class JEPABrain(sb.Brain):
         rows = clips * getattr(self.hparams, "masks_per_clip", 1)
         masking = self.maskings.get(frames, self.hparams.masking)
         masks = masking(rows, device=self.device, generator=self.mask_generator)
+        if frames in self.maskings:
+            masks = replace(masks, frames=frames)
         share = getattr(self.hparams, "predicted_share", None)
         return masks if share is None else masks.predicting(share, self.mask_generator)
 

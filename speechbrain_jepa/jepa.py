@@ -155,12 +155,11 @@ class JEPA(nn.Module):
         """
         grid, clips = self.context_encoder.grid, len(spectrogram)
         per_clip = len(masks) // max(clips, 1)
-        bands, frames = spectrogram.shape[1:]
-        fits = bands == grid.bands and 0 < frames <= grid.frames and not frames % grid.patch_time
-        if not fits or per_clip == 0 or len(masks) % clips:
+        frames = masks.frames or grid.frames
+        if spectrogram.shape[1:] != (grid.bands, frames) or per_clip * clips != len(masks):
             raise ValueError(
                 f"spectrogram of shape {tuple(spectrogram.shape)} with masks for {len(masks)} "
-                f"clips: expected ({len(masks)}, {grid.bands}, {grid.frames})"
+                f"clips: expected ({len(masks)}, {grid.bands}, {frames})"
             )
         if per_clip > 1 and self.target_masking != "latent":
             raise ValueError(

@@ -40,6 +40,8 @@ class PatchMasks:
         None: all of them.
     predicted_valid : Tensor [B, Kp], bool, or None
         As the others.
+    frames : int or None
+        Of the spectrograms that they are for. None: of the encoder's grid.
     """
 
     context_index: Tensor
@@ -51,6 +53,7 @@ class PatchMasks:
     joint_packing: Packing | None = None
     predicted: Tensor | None = None
     predicted_valid: Tensor | None = None
+    frames: int | None = None
 
     def __len__(self) -> int:
         return len(self.target_index)

@@ -93,7 +93,7 @@ if __name__ == "__main__":
         init_method=f"file://{base / 'meeting'}",
         rank=int(os.environ["RANK"]),
         world_size=2,
-        timeout=timedelta(seconds=200),
+        timeout=timedelta(seconds=500),
     )
     for name, chosen in OPTIONS.items():
         brain, loaders = make_brain(base / name, audio, chosen, distributed_backend="gloo")

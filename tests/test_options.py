@@ -62,7 +62,7 @@ def two_ranks(audio_folder, tmp_path_factory):
     ]
     try:
         for process in processes:
-            said, _ = process.communicate(timeout=240)
+            said, _ = process.communicate(timeout=600)
             assert process.returncode == 0, said
     finally:
         for process in processes:
@@ -105,5 +105,5 @@ def joined(ours, theirs):
     """Spectrograms and masks of the two ranks as those of one batch."""
     (spectrogram, masks), (other, more) = ours, theirs
     pairs = {name: (value, getattr(more, name)) for name, value in vars(masks).items()}
-    parts = {name: torch.cat(pair) for name, pair in pairs.items() if pair[0] is not None}
+    parts = {name: torch.cat(pair) for name, pair in pairs.items() if torch.is_tensor(pair[0])}
     return torch.cat([spectrogram, other]), replace(masks, **parts)
