@@ -27,6 +27,7 @@ from speechbrain_jepa.data import (
     CropDataset,
     CropSampler,
     Manifest,
+    MixedCropSampler,
     SkippedFiles,
     choose_workers,
     crop_loader,
@@ -90,9 +91,14 @@ def make_loaders(hparams):
     crops = {"crops_per_file": hparams["crops_per_file"]}
 
     train_set = CropDataset(Manifest.load(split / "train"), *where, **crops, **window)
-    sampler = CropSampler(
-        len(train_set), *sampling, rank, world_size, passes=hparams["passes_per_epoch"], **crops
-    )
+    ranks = {"rank": rank, "world_size": world_size, "passes": hparams["passes_per_epoch"]}
+    if hparams["mixed_frames"]:
+        check_mixed(hparams["mixed_frames"], hparams["crop_frames"], hparams["crops_per_file"])
+        sampler = MixedCropSampler(
+            len(train_set), hparams["batch_size"], hparams["mixed_frames"], hparams["seed"], **ranks
+        )
+    else:
+        sampler = CropSampler(len(train_set), *sampling, **ranks, **crops)
     valid_set = CropDataset(Manifest.load(split / "valid"), *where, random_crops=False, **window)
     batches = list(CropSampler(len(valid_set), *sampling, shuffle=False))[rank::world_size]
     advice = {"advise_after": hparams["log_interval"]} if if_main_process() else {}
@@ -100,6 +106,17 @@ def make_loaders(hparams):
         crop_loader(train_set, sampler, **options, **advice),
         crop_loader(valid_set, batches, **options, keep_workers=False),  # read once, then kept
     )
+
+
+def check_mixed(frames, crop_frames, crops_per_file):
+    """The grid is that of the longest duration, and a file is opened for one crop."""
+    if crops_per_file > 1:
+        raise ValueError(f"crops_per_file={crops_per_file} with mixed_frames: set it to 1")
+    if max(frames) != crop_frames:
+        raise ValueError(
+            f"mixed_frames={frames} with crop_frames={crop_frames}: crop_frames must be the "
+            f"longest of them, {max(frames)}"
+        )
 
 
 @main_process_only

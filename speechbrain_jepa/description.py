@@ -34,6 +34,13 @@ def describe_object(thing) -> dict:
     return settings
 
 
+def _is_plain(value) -> bool:
+    """A value that JSON has, or a list of such."""
+    if isinstance(value, list):
+        return all(isinstance(item, PLAIN) for item in value)
+    return isinstance(value, PLAIN)
+
+
 def describe_training(hparams: dict, brain) -> dict:
     """Plain values of the yaml, the objects' own numbers, the run options that the brain has.
 
@@ -58,7 +65,7 @@ def describe_training(hparams: dict, brain) -> dict:
     plain = {
         name: value
         for name, value in hparams.items()
-        if isinstance(value, PLAIN) and not name.startswith("_") and name not in PLACES
+        if _is_plain(value) and not name.startswith("_") and name not in PLACES
     }
     return {
         **{name: describe_object(thing) for name, thing in objects.items() if thing is not None},

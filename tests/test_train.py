@@ -149,6 +149,7 @@ def settings(data, output, cache, **others):
         "valid_share": 0.02,
         "max_valid": 1024,
         "n_fft": 400,
+        "mixed_frames": None,
         "crop_frames": 208,
         "decode_once": False,
         "passes_per_epoch": 1,
