@@ -21,6 +21,8 @@ from speechbrain_jepa.checkpoints import (
 )
 from speechbrain_jepa.model_card import HYPERPARAMS_TEXT, LICENCE_TO_CHOOSE, model_card
 
+# of whichever library huggingface_hub speaks HTTP with; not all are OSErrors
+NETWORK_ERRORS = (OSError, *HfHubHTTPError.__bases__)
 LICENCE_NAME = r"[a-z0-9][a-z0-9.+-]*"  # how the Hub spells licences
 
 
@@ -89,7 +91,7 @@ def push(
         commit = api.create_commit(repo, operations, commit_message=message, revision=revision)
     except HfHubHTTPError as error:
         raise _refusal(error, repo, user) from error
-    except _network_errors() as error:
+    except NETWORK_ERRORS as error:
         raise ConnectionError(
             f"the Hugging Face Hub could not be reached ({_first_line(error)}): nothing was "
             "published; check the network and run the same command again"
@@ -211,14 +213,6 @@ def _refusal(error: HfHubHTTPError, repo: str, user: str | None) -> OSError:
             f"are in, and use a token with write access ({_first_line(error)})"
         )
     return ConnectionError(f"{repo}: the Hugging Face Hub refused: {_first_line(error)}")
-
-
-def _network_errors() -> tuple[type[Exception], ...]:
-    try:
-        import httpx  # of huggingface_hub from 1.0 on; its errors are no OSErrors
-    except ImportError:
-        return (OSError,)
-    return (OSError, httpx.TransportError)
 
 
 def _first_line(error: Exception) -> str:
