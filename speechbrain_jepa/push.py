@@ -22,7 +22,7 @@ from speechbrain_jepa.checkpoints import (
 from speechbrain_jepa.model_card import HYPERPARAMS_TEXT, LICENCE_TO_CHOOSE, model_card
 
 # of whichever library huggingface_hub speaks HTTP with; not all are OSErrors
-NETWORK_ERRORS = (OSError, *HfHubHTTPError.__bases__)
+NETWORK_ERRORS: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
 LICENCE_NAME = r"[a-z0-9][a-z0-9.+-]*"  # how the Hub spells licences
 
 
@@ -82,7 +82,10 @@ def push(
         )
     api = huggingface_hub.HfApi(token=token)
     operations = [
-        huggingface_hub.CommitOperationAdd(name, content) for name, content in files.items()
+        huggingface_hub.CommitOperationAdd(
+            name, content if isinstance(content, Path) else content.encode()
+        )
+        for name, content in files.items()
     ]
     user = None
     try:
@@ -99,8 +102,8 @@ def push(
     return commit.commit_url
 
 
-def contents(folder, repo: str, license: str | None = None) -> dict[str, str | bytes]:
-    """What `push` publishes, by name in the repo: bytes, or the path of a file.
+def contents(folder, repo: str, license: str | None = None) -> dict[str, Path | str]:
+    """What `push` publishes, by name in the repo: the path of a file, or a text.
 
     Arguments
     ---------
@@ -133,10 +136,10 @@ def contents(folder, repo: str, license: str | None = None) -> dict[str, str | b
     else:
         card = model_card(config, sum(p.numel() for p in encoder.parameters()))
     return {
-        CONFIG: str(folder / CONFIG),
-        WEIGHTS: str(folder / WEIGHTS),
-        HYPERPARAMS: str(hyperparams) if hyperparams.is_file() else HYPERPARAMS_TEXT.encode(),
-        CARD: published_card(card, repo, license, path).encode(),
+        CONFIG: folder / CONFIG,
+        WEIGHTS: folder / WEIGHTS,
+        HYPERPARAMS: hyperparams if hyperparams.is_file() else HYPERPARAMS_TEXT,
+        CARD: published_card(card, repo, license, path),
     }
 
 
@@ -238,7 +241,7 @@ def main(arguments=None) -> None:
     try:
         if options.dry_run:
             files = contents(options.folder, options.repo, options.license)
-            print(files[CARD].decode() if isinstance(files[CARD], bytes) else files[CARD])
+            print(files[CARD])
             print(f"would publish {', '.join(files)} at {options.repo}")
             return
         address = push(

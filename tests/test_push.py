@@ -102,10 +102,10 @@ def test_a_licence_that_the_card_names_is_kept_and_one_given_goes_before_it(fold
     card = "---\nlicense: mit\ntags: [ours]\n---\n\n# Ours\n"
     (folder / "README.md").write_text(card)
     files = push.contents(folder, "user/name")
-    assert header(files["README.md"].decode()) == {"license": "mit", "tags": ["ours"]}
+    assert header(files["README.md"]) == {"license": "mit", "tags": ["ours"]}
     files = push.contents(folder, "user/name", "apache-2.0")
-    assert header(files["README.md"].decode())["license"] == "apache-2.0"
-    assert files["README.md"].decode().endswith("---\n\n# Ours\n")
+    assert header(files["README.md"])["license"] == "apache-2.0"
+    assert files["README.md"].endswith("---\n\n# Ours\n")
 
 
 def test_other_files_of_the_folder_stay_at_home_and_missing_ones_are_written(folder, hub):
@@ -139,7 +139,7 @@ def test_a_dry_run_needs_nobody_logged_in_and_publishes_nothing(folder, hub, mon
 
 
 def test_the_encoder_in_the_box_can_be_published():
-    card = push.contents(packaged_encoders()["tiny"], "user/tiny", "other")["README.md"].decode()
+    card = push.contents(packaged_encoders()["tiny"], "user/tiny", "other")["README.md"]
     assert 'AudioJEPA("user/tiny")' in card and "FOLDER" not in card
 
 
