@@ -5,10 +5,13 @@ python -m speechbrain_jepa.export my_encoder --onnx encoder.onnx
 """
 
 import argparse
+import tempfile
+from pathlib import Path
 
-from speechbrain_jepa.checkpoints import export_experiment, load_pretrained
+from speechbrain_jepa.checkpoints import export_experiment
 from speechbrain_jepa.encoder import AudioJEPA
 from speechbrain_jepa.files import FolderInUse
+from speechbrain_jepa.read_out import add_read_out
 
 ONNX_ONLY = {"step": None, "flat": False, "normalization": "pretraining"}
 
@@ -33,6 +36,7 @@ def main(arguments=None) -> None:
     parser.add_argument(
         "--onnx", metavar="FILE", help="write an ONNX file, log-mel included (docs/deploy.md)"
     )
+    add_read_out(parser, "as the training run or folder has it")
     onnx = parser.add_argument_group("what the ONNX file computes, as AudioJEPA does")
     onnx.add_argument("--step", type=float, help="seconds of a time step, finer than the patches'")
     onnx.add_argument(
@@ -53,7 +57,9 @@ def main(arguments=None) -> None:
     which = "target" if options.target_encoder else "context"
     try:
         if options.out:
-            folder = export_experiment(options.source, options.out, which, options.half)
+            folder = export_experiment(
+                options.source, options.out, which, options.half, options.layers, options.pooling
+            )
             print(f"{which} encoder written to {folder}")
         if options.onnx:
             print(f"{which} encoder written to {_export_onnx(options, which)}")
@@ -64,16 +70,19 @@ def main(arguments=None) -> None:
 def _export_onnx(options, which: str):
     from speechbrain_jepa.onnx_export import export_onnx  # its libraries are an extra
 
-    # the folder just written, where there is one: training may have gone on since
-    source = options.out or options.source
-    encoder, normalization, config = load_pretrained(source, which=which)
-    model = AudioJEPA(
-        (encoder, normalization),
-        step_seconds=options.step,
-        flat=options.flat,
-        normalization=options.normalization,
-    )
-    model.description = config
+    with tempfile.TemporaryDirectory() as folder:
+        # the folder just written, where there is one: training may have gone on since
+        source = options.out or options.source
+        if options.target_encoder and not options.out:
+            source = export_experiment(source, Path(folder) / "encoder", which)
+        model = AudioJEPA(
+            source,
+            layers=options.layers,
+            pooling=options.pooling,
+            step_seconds=options.step,
+            flat=options.flat,
+            normalization=options.normalization,
+        )
     return export_onnx(model, options.onnx, options.half)
 
 

@@ -15,9 +15,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from speechbrain_jepa.checkpoints import MODEL_TYPE, find_folder
+from speechbrain_jepa.checkpoints import find_folder
+from speechbrain_jepa.config import MODEL_TYPE, log_mel_of
 from speechbrain_jepa.encoder import AudioJEPA
 from speechbrain_jepa.push import push
+from speechbrain_jepa.read_out import pooled, side_by_side, step_statistics
 from speechbrain_jepa.untrusted import checked_encoder, checked_normalization
 from speechbrain_jepa.vit import Encoder
 
@@ -83,7 +85,8 @@ class AudioJEPAModel(PreTrainedModel):
         if encoder is None:
             grid, sizes = checked_encoder(config.encoder)
             pair = checked_normalization(config.normalization)
-            encoder = AudioJEPA((Encoder(grid, **sizes), pair), freeze=False)
+            log_mel = log_mel_of({"features": config.features})
+            encoder = AudioJEPA((Encoder(grid, **sizes), pair, log_mel), freeze=False)
         self.encoder = encoder
 
     @classmethod
@@ -123,6 +126,8 @@ class AudioJEPAModel(PreTrainedModel):
                     f"dtype={name}: weights are kept in float32, and log-mel needs it; for half "
                     "precision call the model under torch.autocast(device, torch.bfloat16)"
                 )
+        if options.pop("output_all_hiddens", False):
+            raise ValueError("output_all_hiddens: transformers' name is output_hidden_states")
         if options.pop("subfolder", ""):
             raise ValueError("subfolder: a pretrained folder has none, give its own path or repo")
         hub = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
@@ -156,8 +161,8 @@ class AudioJEPAModel(PreTrainedModel):
         Returns
         -------
         BaseModelOutputWithPooling
-            last_hidden_state [B, T, C], zeros past a clip's own time steps; pooler_output
-            [B, C], the mean over those; hidden_states, 1 + depth of [B, T, C].
+            last_hidden_state [B, T, C], zeros past a clip's own time steps, and pooler_output, as
+            `AudioJEPA.forward` and `embed` give them; hidden_states, 1 + depth of [B, T, C].
 
         Raises
         ------
@@ -170,20 +175,34 @@ class AudioJEPAModel(PreTrainedModel):
             wav_lens = _relative_lengths(input_values, attention_mask)
         if output_hidden_states is None:
             output_hidden_states = bool(self.config.output_hidden_states)
-        self.encoder.output_all_hiddens = output_hidden_states
-        out = self.encoder(input_values, wav_lens)
-        last = out[-1] if output_hidden_states else out
-        samples = input_values.shape[1]
-        lengths = torch.full((len(last),), float(samples), dtype=torch.float64)
+        encoder, samples = self.encoder, input_values.shape[1]
+        wanted = sorted({*encoder.step_layers, *encoder.embed_layers})
+        if output_hidden_states:
+            wanted = list(range(encoder.num_layers))
+        layers = self._layers(wanted, input_values, wav_lens)
+        lengths = torch.full((layers.shape[1],), float(samples), dtype=torch.float64)
         if wav_lens is not None:
             lengths = (wav_lens.detach().cpu().double() * samples).round()
-        steps = self.encoder.num_steps(lengths.long()).to(last.device)
+        own = torch.arange(layers.shape[2]) < encoder.num_steps(lengths.long())[:, None]
+        read = torch.stack([layers[wanted.index(number)] for number in encoder.embed_layers])
+        statistics = step_statistics(read, own.to(layers.device))
+        steps = torch.stack([layers[wanted.index(number)] for number in encoder.step_layers])
         output = BaseModelOutputWithPooling(
-            last_hidden_state=last,
-            pooler_output=last.float().sum(1) / steps[:, None],
-            hidden_states=tuple(out) if output_hidden_states else None,
+            last_hidden_state=side_by_side(steps),
+            pooler_output=side_by_side(encoder.read_out.joined(*pooled(statistics))),
+            hidden_states=tuple(layers) if output_hidden_states else None,
         )
         return output.to_tuple() if return_dict is False else output
+
+    def _layers(self, numbers: list[int], wav: Tensor, wav_lens: Tensor | None) -> Tensor:
+        """The outputs of some layers one by one, [R, B, T, C]."""
+        encoder = self.encoder
+        chosen = encoder.step_layers
+        try:
+            encoder.step_layers, encoder.output_all_hiddens = numbers, True
+            return encoder(wav, wav_lens)
+        finally:
+            encoder.step_layers, encoder.output_all_hiddens = chosen, False
 
     def save_pretrained(self, save_directory, **options) -> None:  # type: ignore[override]
         """Write a pretrained folder, which everything here loads.

@@ -20,24 +20,21 @@ import torch
 from torch import Tensor, nn
 
 from speechbrain_jepa import __version__
-from speechbrain_jepa.checkpoints import describe
-from speechbrain_jepa.encoder import INSTANCE_STD_FLOOR, OUTPUT_NORM_EPS, AudioJEPA
-from speechbrain_jepa.features import (
-    HOP_LENGTH,
-    LOG_OFFSET,
-    MARGIN,
-    N_FFT,
-    SAMPLE_RATE,
-    crop_samples,
-    mel_filterbank,
-)
+from speechbrain_jepa.config import describe
+from speechbrain_jepa.encoder import INSTANCE_STD_FLOOR, AudioJEPA
+from speechbrain_jepa.features import HOP_LENGTH, LOG_OFFSET, N_FFT, SAMPLE_RATE, crop_samples
 from speechbrain_jepa.files import whole_file
+from speechbrain_jepa.read_out import (
+    normalized,
+    normalized_steps,
+    pooled,
+    side_by_side,
+    step_statistics,
+)
 from speechbrain_jepa.windows import SILENCE, lead_frames
 
 TOLERANCE = 1e-4  # of the file's output in onnxruntime from torch's, over the largest value or 1
 LARGEST = 2**31 - 2**20  # bytes: what an ONNX file can hold is 2 GiB, less the graph itself
-ROOT = 20  # of N_FFT
-CHUNK = math.gcd(N_FFT, HOP_LENGTH)  # samples: frames are whole numbers of them
 SMALLEST_HALF = 1024  # values: smaller tensors stay in float32, they weigh nothing
 INPUTS = {
     "waveform": "[batch, samples], float32: mono, 16 kHz, -1 to 1. What is behind a clip's own "
@@ -47,7 +44,7 @@ INPUTS = {
 OUTPUTS = {
     "steps": "[batch, steps, dims], float32: one row every step_seconds, zeros past a clip's own "
     "num_steps.",
-    "clip_embedding": "[batch, dims], float32: the mean over the clip's own time steps.",
+    "clip_embedding": "[batch, embedding_dims], float32: the clip's own time steps, pooled.",
     "num_steps": "[batch], int64: time steps of each clip, its samples over samples_per_step "
     "rounded up.",
 }
@@ -56,9 +53,14 @@ OUTPUTS = {
 class PowerSpectrum(nn.Module):
     """Squared magnitudes of the Fourier transform of windowed frames, by matrix products.
 
-    A transform of 400 = 20 x 20 samples is two of 20 with a rotation between them (Cooley and
-    Tukey 1965): a third of the work of one product with all 201 cosines and sines, and as exact.
-    Why not ONNX's STFT: few runtimes have it.
+    A transform of N = P * Q samples is one of P and one of Q with a rotation between them (Cooley
+    and Tukey 1965): for 400 = 20 x 20 a third of the work of one product with all 201 cosines and
+    sines, and as exact. Why not ONNX's STFT: few runtimes have it.
+
+    Arguments
+    ---------
+    n_fft : int
+        N. Default 400.
 
     Example
     -------
@@ -74,21 +76,25 @@ class PowerSpectrum(nn.Module):
     rotation: Tensor
     second: Tensor
 
-    def __init__(self):
+    def __init__(self, n_fft: int = N_FFT):
         super().__init__()
-        number = torch.arange(ROOT)
-        product = number[:, None] * number
-        coarse, fine = (_cos_sin(product % size, size) for size in (ROOT, N_FFT))
-        self.register_buffer("window", torch.hann_window(N_FFT))
-        self.register_buffer("first", torch.cat([coarse[0], -coarse[1]], 1))
-        self.register_buffer("rotation", fine)
-        self.register_buffer("second", coarse[:, :, : ROOT // 2 + 1])
+        middle = math.isqrt(n_fft)
+        self.rows = next(p for p in range(middle, 0, -1) if n_fft % p == 0)  # P
+        self.columns = n_fft // self.rows  # Q
+        row, column = torch.arange(self.rows), torch.arange(self.columns)
+        self.powers = self.rows * (n_fft // 2 // self.rows + 1)  # those above n_fft / 2 are spare
+        kept = column[: self.powers // self.rows]
+        self.register_buffer("window", torch.hann_window(n_fft))
+        cos, sin = _cos_sin(row[:, None] * row, self.rows)
+        self.register_buffer("first", torch.cat([cos, -sin], 1))
+        self.register_buffer("rotation", _cos_sin(column[:, None] * row, n_fft))
+        self.register_buffer("second", _cos_sin(column[:, None] * kept, self.columns))
 
     def forward(self, frames: Tensor) -> Tensor:
-        """Frames [..., 400] to powers [..., 220], of which the first 201 are those to N_FFT / 2."""
-        # sample 20 a + b and frequency c + 20 d: first over a, then over b
-        samples = (frames * self.window).unflatten(-1, (ROOT, ROOT)).transpose(-2, -1)
-        real, imaginary = (samples @ self.first).chunk(2, -1)  # [..., b, c]
+        """Frames [..., N] to powers [..., N / 2 + 1 and some more] of the frequencies from 0 on."""
+        # sample Q a + b and frequency c + P d: first over a, then over b
+        samples = (frames * self.window).unflatten(-1, (self.rows, self.columns))
+        real, imaginary = (samples.transpose(-2, -1) @ self.first).chunk(2, -1)  # [..., b, c]
         cos, sin = self.rotation
         real, imaginary = real * cos + imaginary * sin, imaginary * cos - real * sin
         real, imaginary = real.transpose(-2, -1), imaginary.transpose(-2, -1)
@@ -100,7 +106,7 @@ class PowerSpectrum(nn.Module):
 
 def _cos_sin(turns: Tensor, size: int) -> Tensor:
     """Cosine and sine of turns / size of a circle, rounded from float64: [2, ...]."""
-    angle = turns.double() * (2 * math.pi / size)
+    angle = (turns % size).double() * (2 * math.pi / size)
     return torch.stack([angle.cos(), angle.sin()]).float()
 
 
@@ -110,12 +116,13 @@ class EncoderGraph(nn.Module):
     Arguments
     ---------
     model : AudioJEPA
-        Its encoder, normalisation, step_seconds, flat and output_norm are taken.
+        All of it is taken over: log-mel, normalisation, layers, pooling, step_seconds, flat and
+        output_norm.
 
     Raises
     ------
     ValueError
-        If the model gives all layers.
+        If the model gives its layers one by one.
 
     Example
     -------
@@ -133,21 +140,28 @@ class EncoderGraph(nn.Module):
     def __init__(self, model: AudioJEPA):
         super().__init__()
         if model.output_all_hiddens:
-            raise ValueError("output_all_hiddens=True: an ONNX file gives the last layer only")
+            raise ValueError(
+                "output_all_hiddens=True: an ONNX file gives layers side by side; use layers='all'"
+            )
         model._check_fitted()
-        self.encoder = copy.deepcopy(model.encoder).float().eval().requires_grad_(False)
+        self.encoder = copy.deepcopy(model.encoder).float().cpu().eval().requires_grad_(False)
         self.encoder.attention = "sdpa"
+        for block in self.encoder.blocks:
+            block.__dict__.pop("forward", None)  # gradient checkpointing's
         self.grid = model.encoder.grid
         self.shifts = model.shifts
         self.flat = model.flat
         self.output_norm = model.output_norm
+        self.step_layers, self.embed_layers = model.step_layers, model.embed_layers
+        self.read_out = model.read_out
         self.pair: tuple[float, float] | None = None  # None: each clip's own
         if model.normalize != "instance":
             self.pair = (model.normalization.mean.item(), model.normalization.std.item())
-        self.spectrum = PowerSpectrum()
-        filters = mel_filterbank().T
-        above = filters.new_zeros(ROOT * (ROOT // 2 + 1) - len(filters), filters.shape[1])
-        self.register_buffer("filterbank", torch.cat([filters, above]))
+        self.n_fft = model.features.n_fft
+        self.spectrum = PowerSpectrum(self.n_fft)
+        filters = model.features.filterbank.T.cpu()
+        spare = filters.new_zeros(self.spectrum.powers - len(filters), filters.shape[1])
+        self.register_buffer("filterbank", torch.cat([filters, spare]))
 
     def forward(self, waveform: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """
@@ -177,30 +191,48 @@ class EncoderGraph(nn.Module):
         rows = torch.arange(grid.frequency_patches)[:, None] * grid.time_patches
         index = (rows + torch.arange(length)).flatten().expand(valid.shape[0], -1)
         valid = valid[..., :length].expand(-1, grid.frequency_patches, -1).flatten(1)
-        tokens = self.encoder(spectrogram, index=index, valid=valid)
-        tokens = tokens.reshape(batch, self.shifts, windows, grid.frequency_patches, length, -1)
+        wanted = sorted({*self.step_layers, *self.embed_layers})
+        only_last = wanted == [len(self.encoder.blocks)]
+        tokens = self.encoder(spectrogram, index=index, valid=valid, all_layers=not only_last)
+        layers = {
+            number: self._steps(tokens if only_last else tokens[number], batch, windows, length)
+            for number in wanted
+        }
+        longest = _over(samples, hop)
+        steps = torch.stack([layers[number][:, :longest] for number in self.step_layers])
+        read = torch.stack([layers[number][:, :longest] for number in self.embed_layers])
+        own = torch.arange(longest) < num_steps[:, None]
+        mean, variance = pooled(step_statistics(read, own))
+        if self.output_norm:
+            steps = normalized_steps(steps, num_steps)
+            mean, variance = normalized(mean, variance)
+        embedding = side_by_side(self.read_out.joined(mean, variance))
+        return side_by_side(steps), embedding, num_steps
+
+    def _steps(self, tokens: Tensor, batch, windows, length) -> Tensor:
+        """One layer's tokens [B * K * W, F * length, D] to time steps [B, steps, C]."""
+        rows = self.grid.frequency_patches
+        tokens = tokens.reshape(batch, self.shifts, windows, rows, length, -1)
         # a time step is (window, patch, shift), in this order
         tokens = tokens.permute(0, 2, 4, 1, 3, 5).flatten(1, 3)
-        steps = (tokens.mean(2) if self.flat else tokens.flatten(2))[:, : _over(samples, hop)]
-        if self.output_norm:
-            steps = self._normalize(steps, num_steps)
-        return steps, steps.sum(1) / num_steps[:, None], num_steps
+        return tokens.mean(2) if self.flat else tokens.flatten(2)
 
     def _log_mel(self, waveform: Tensor, lengths: Tensor, windows) -> Tensor:
-        """Normalised log-mel [B, 80, frames] of so many windows of all shifts, `lead` included."""
+        """Normalised log-mel [B, bands, frames] of so many windows, all shifts, `lead` included."""
         lead = lead_frames(self.grid, self.shifts)
         step = self.grid.patch_time // self.shifts
         frames = windows * self.grid.frames + (self.shifts - 1) * step
-        place = torch.arange(crop_samples(frames)) - (lead * HOP_LENGTH + MARGIN)
+        margin = lead * HOP_LENGTH + self.n_fft // 2
+        place = torch.arange(crop_samples(frames, self.n_fft)) - margin
         # a clip goes on being reflected at its two ends, back and forth
         period = (2 * (lengths[:, None] - 1)).clamp(min=1)
         phase = place.remainder(period)
         reflected = waveform.gather(1, torch.minimum(phase, period - phase))
-        chunks = reflected.unflatten(1, (-1, CHUNK))
-        stride = HOP_LENGTH // CHUNK
+        chunk = math.gcd(self.n_fft, HOP_LENGTH)  # frames are whole numbers of them
+        chunks, stride = reflected.unflatten(1, (-1, chunk)), HOP_LENGTH // chunk
         parts = [
             chunks[:, first : first + (frames - 1) * stride + 1 : stride]
-            for first in range(N_FFT // CHUNK)
+            for first in range(self.n_fft // chunk)
         ]
         power = self.spectrum(torch.cat(parts, 2)) @ self.filterbank
         log_mel = (power + LOG_OFFSET).log().transpose(1, 2)
@@ -217,20 +249,12 @@ class EncoderGraph(nn.Module):
         return (torch.where(audio, log_mel, SILENCE) - mean) / std
 
     def _windows(self, log_mel: Tensor, windows) -> Tensor:
-        """[B, 80, frames] to [B * K * W, 80, frames of a window]."""
+        """[B, bands, frames] to [B * K * W, bands, frames of a window]."""
         grid, step = self.grid, self.grid.patch_time // self.shifts
         width = windows * grid.frames
         shifts = [log_mel[:, :, k * step : k * step + width] for k in range(self.shifts)]
         views = torch.stack(shifts, 1).unflatten(3, (windows, grid.frames))
         return views.transpose(2, 3).flatten(0, 2)
-
-    def _normalize(self, steps: Tensor, num_steps: Tensor) -> Tensor:
-        """Layer norm over each clip's own time steps and features; zeros stay zeros."""
-        own = (torch.arange(steps.shape[1]) < num_steps[:, None])[..., None]
-        count = (num_steps * steps.shape[2])[:, None, None]
-        centered = (steps - steps.sum((1, 2), keepdim=True) / count) * own
-        variance = centered.square().sum((1, 2), keepdim=True) / count
-        return centered * (variance + OUTPUT_NORM_EPS).rsqrt()
 
 
 def _over(count, size: int):
@@ -244,8 +268,8 @@ def export_onnx(model: AudioJEPA, path: str | os.PathLike, half: bool = False) -
     Arguments
     ---------
     model : AudioJEPA
-        What it computes is what the file computes: `step_seconds`, `flat`, `output_norm` and
-        `normalization` are taken over. Needs no GPU.
+        What it computes is what the file computes: `layers`, `pooling`, `step_seconds`, `flat`,
+        `output_norm` and `normalization` are taken over.
     path : str or path
         Ends in .onnx. A file that is there is replaced.
     half : bool
@@ -263,7 +287,7 @@ def export_onnx(model: AudioJEPA, path: str | os.PathLike, half: bool = False) -
         If onnx, onnxscript or onnxruntime is missing.
     ValueError
         If the path has another suffix, the encoder is too large for one file, or the model gives
-        all layers.
+        its layers one by one.
     RuntimeError
         If onnxruntime's output differs from torch's by more than 1e-4. Nothing is written then.
     """
@@ -347,7 +371,7 @@ def _label(proto, model: AudioJEPA, graph: EncoderGraph) -> None:
             value.type.tensor_type.shape.dim[1].dim_param = "steps"
     proto.producer_name, proto.producer_version = "speechbrain-jepa", __version__
     training = model.description["training"]
-    config = describe(model.encoder, model.normalization, training)
+    parts = (model.encoder, model.normalization, training, model.read_out, model.features)
     facts = {
         "sample_rate": SAMPLE_RATE,
         "samples_per_step": model.downsample_rate,
@@ -355,8 +379,9 @@ def _label(proto, model: AudioJEPA, graph: EncoderGraph) -> None:
         "first_step_center_seconds": round(model.timestamps(1).item(), 6),
         "window_samples": graph.grid.frames * HOP_LENGTH,
         "dims": model.get_output_dim(),
+        "embedding_dims": model.embedding_dim,
         "normalization": model.normalize,
-        "config": json.dumps(config, ensure_ascii=False),
+        "config": json.dumps(describe(*parts), ensure_ascii=False),
     }
     for key, value in facts.items():
         proto.metadata_props.add(key=key, value=str(value))
@@ -389,23 +414,17 @@ def _compare(file: Path, path: Path, model: AudioJEPA, graph: EncoderGraph) -> N
 
     onnx.checker.check_model(str(file))
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    reference = AudioJEPA(
-        (graph.encoder, model.normalization.cpu()),
-        output_norm=model.output_norm,
-        flat=model.flat,
-        normalization="pretraining" if graph.pair else "instance",
-        step_seconds=model.step_seconds,
-    )
+    reference = copy.deepcopy(model).cpu()
+    reference.encoder = graph.encoder
     window = graph.grid.frames * HOP_LENGTH
     for samples in (window // 5, window + 1):
         waveform, lengths = _example(samples)
         feed = {"waveform": waveform.numpy(), "lengths": lengths.numpy()}
         steps, embedding, _ = session.run(list(OUTPUTS), feed)
         wav_lens = lengths / samples
-        for name, ours, theirs in (
-            ("steps", steps, reference(waveform, wav_lens)),
-            ("clip_embedding", embedding, reference.embed(waveform, wav_lens)),
-        ):
+        with torch.no_grad():
+            expected = reference(waveform, wav_lens), reference.embed(waveform, wav_lens)
+        for name, ours, theirs in zip(OUTPUTS, (steps, embedding), expected):
             deviation = np.abs(ours - theirs.numpy()).max()
             if not deviation <= TOLERANCE * max(1.0, theirs.abs().max().item()):
                 raise RuntimeError(

@@ -62,6 +62,20 @@ def test_outputs_are_those_of_audio_jepa(folder, wav):
     assert first.shape == (3, 20, 120) and second.shape == (3, 120)
 
 
+def test_the_pooler_reads_out_what_the_folder_says(folder, wav, tmp_path):
+    model = AudioJEPA(folder, layers="all", pooling="mean_std")
+    again = load(model.save_pretrained(tmp_path / "all"))
+    lengths = torch.tensor([1.0, 0.5, 0.01])
+    for options in ({}, {"output_hidden_states": True}):
+        out = again(wav, wav_lens=lengths, **options)
+        torch.testing.assert_close(out.pooler_output, model.embed(wav, lengths))
+        torch.testing.assert_close(out.last_hidden_state, AudioJEPA(folder)(wav, lengths))
+    out = load(folder, layers=[0, 1], output_norm=True)(wav, wav_lens=lengths)
+    model = AudioJEPA(folder, layers=[0, 1], output_norm=True)
+    torch.testing.assert_close(out.last_hidden_state, model(wav, lengths))
+    torch.testing.assert_close(out.pooler_output, model.embed(wav, lengths))
+
+
 def test_an_attention_mask_says_how_long_a_clip_is(folder, wav):
     model, lengths = load(folder), [50_000, 9_000, 1]
     mask = torch.stack([torch.arange(50_000) < length for length in lengths]).long()

@@ -7,12 +7,16 @@ import sys
 import numpy as np
 import pytest
 import torch
+from speechbrain.utils.checkpoints import Checkpointer
 
 from speechbrain_jepa import AudioJEPA, export, onnx_export
-from speechbrain_jepa.checkpoints import load_pretrained, save_pretrained
-from speechbrain_jepa.features import Normalization
+from speechbrain_jepa.checkpoints import load_pretrained, save_pretrained, write_config
+from speechbrain_jepa.features import LogMelSpectrogram, Normalization
+from speechbrain_jepa.jepa import JEPA
+from speechbrain_jepa.losses import SmoothL1
 from speechbrain_jepa.onnx_export import EncoderGraph, PowerSpectrum, export_onnx
-from speechbrain_jepa.vit import Encoder, PatchGrid
+from speechbrain_jepa.read_out import ReadOut
+from speechbrain_jepa.vit import Encoder, PatchGrid, Predictor
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -136,6 +140,7 @@ def test_the_file_says_what_goes_in_and_what_comes_out(file, session):
         "first_step_center_seconds": "0.075",
         "window_samples": "33280",
         "dims": "120",
+        "embedding_dims": "120",
         "normalization": "pretraining",
     }
 
@@ -157,6 +162,8 @@ OPTIONS = [
     {"step_seconds": 0.01, "flat": True},
     {"output_norm": True},
     {"normalization": "instance"},
+    {"layers": "all", "pooling": "mean_std", "step_seconds": 0.08},
+    {"layers": [0, 2], "output_norm": True, "pooling": "mean_std", "flat": True},
     {"normalization": "instance", "step_seconds": 0.08, "output_norm": True, "flat": True},
 ]
 
@@ -175,6 +182,14 @@ def test_the_graph_computes_what_audio_jepa_computes(options):
         assert torch.equal(num_steps, model.num_steps(lengths))
 
 
+def test_gradient_checkpointing_is_left_out():
+    model = make_model(freeze=False, gradient_checkpointing=True)
+    assert all("forward" not in block.__dict__ for block in EncoderGraph(model).encoder.blocks)
+    wav, lengths = clips(9_000, [9_000])
+    out = EncoderGraph(model)(wav, lengths)[1]
+    torch.testing.assert_close(out, make_model().embed(wav), rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -190,6 +205,49 @@ def test_the_graph_of_other_encoders(options):
     steps, embedding, _ = EncoderGraph(model)(wav, lengths)
     torch.testing.assert_close(steps, model(wav, lengths / 30_000), rtol=0, atol=2e-5)
     torch.testing.assert_close(embedding, model.embed(wav, lengths / 30_000), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("n_fft", "n_mels"), [(1024, 128), (600, 64), (302, 48)])
+def test_the_graph_of_other_log_mels(n_fft, n_mels):
+    """302 is twice a prime, 600 is no square."""
+    source = make_source(grid={"frames": 64, "bands": n_mels})
+    model = AudioJEPA((*source, LogMelSpectrogram(n_fft, n_mels)), step_seconds=0.04)
+    wav, lengths = clips(20_000, [20_000, 1, 13_001])
+    steps, embedding, _ = EncoderGraph(model)(wav, lengths)
+    torch.testing.assert_close(steps, model(wav, lengths / 20_000), rtol=0, atol=2e-5)
+    torch.testing.assert_close(embedding, model.embed(wav, lengths / 20_000), rtol=0, atol=2e-5)
+
+
+def test_the_read_out_of_a_folder_and_of_the_command_reach_the_file(tmp_path, monkeypatch):
+    """And the moving average of a training run is exported where it is asked for."""
+    written = {}
+
+    def write(model, path, half):
+        written.update(model=model, half=half)
+        return path
+
+    monkeypatch.setattr(onnx_export, "export_onnx", write)
+    encoder, normalization = make_source()
+    read_out = ReadOut("all", "mean_std")
+    folder = save_pretrained(tmp_path / "folder", encoder, normalization, {}, read_out)
+    export.main([str(folder), "--onnx", "e.onnx"])
+    assert (written["model"].get_output_dim(), written["model"].embedding_dim) == (120, 720)
+    export.main([str(folder), "--onnx", "e.onnx", "--half", "--layers", "0,2"])
+    assert written["model"].step_layers == written["model"].embed_layers == [0, 2]
+    assert written["half"]
+    predictor = Predictor(encoder.grid, encoder_dim=24, dim=16, depth=1, num_heads=2)
+    jepa = JEPA(encoder, predictor, SmoothL1())
+    jepa.target_encoder.norm.bias.data.add_(1)
+    write_config(tmp_path / "run" / "encoder_config.json", encoder, normalization, {})
+    Checkpointer(tmp_path / "run" / "save", {"jepa": jepa}).save_checkpoint()
+    export.main([str(tmp_path / "run"), "--onnx", "e.onnx"])
+    assert not written["model"].encoder.norm.bias.any()
+    export.main([str(tmp_path / "run"), "--onnx", "e.onnx", "--target-encoder"])
+    assert (written["model"].encoder.norm.bias == 1).all()
+    out = tmp_path / "out"
+    export.main([str(tmp_path / "run"), str(out), "--onnx", "e.onnx", "--target-encoder"])
+    assert (written["model"].encoder.norm.bias == 1).all()
+    assert (load_pretrained(out)[0].norm.bias == 1).all()
 
 
 def test_half_size_finer_steps_and_each_clips_own_normalisation_by_the_command(tmp_path):
@@ -230,7 +288,7 @@ def test_what_cannot_be_written_is_said_before_anything_is_computed(tmp_path, mo
         export_onnx(make_model(), tmp_path / "encoder.pt")
     with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder, to write e\.onnx in"):
         export_onnx(make_model(), tmp_path / "nowhere" / "e.onnx")
-    with pytest.raises(ValueError, match="gives the last layer only"):
+    with pytest.raises(ValueError, match="use layers='all'"):
         export_onnx(make_model(output_all_hiddens=True), tmp_path / "e.onnx")
     with pytest.raises(RuntimeError, match="call fit_normalization"):
         export_onnx(make_model(normalization="dataset"), tmp_path / "e.onnx")
