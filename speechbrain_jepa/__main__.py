@@ -7,8 +7,9 @@ from importlib.metadata import version
 COMMANDS = {
     "prepare": "a corpus decoded once into tar shards, on one machine or many",
     "embed": "embeddings of audio files and folders",
-    "export": "a training run's encoder as a pretrained folder",
+    "export": "a training run's encoder as a pretrained folder, any encoder as an ONNX file",
     "convert": "weights of M2D, MATPAC or the paper's released code as a pretrained folder",
+    "push": "a pretrained folder published at the Hugging Face Hub",
     "s3prl": "s3prl's scripts with audio_jepa among the upstreams",
 }
 
