@@ -6,6 +6,9 @@ from importlib.metadata import version
 
 COMMANDS = {
     "embed": "embeddings of audio files and folders",
+    "similar": "the clips most similar to one",
+    "explore": "embeddings as a page to look at and listen to",
+    "report": "the page of a pretraining run",
     "export": "a training run's encoder as a pretrained folder",
     "convert": "weights of M2D, MATPAC or the paper's released code as a pretrained folder",
     "s3prl": "s3prl's scripts with audio_jepa among the upstreams",

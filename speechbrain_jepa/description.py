@@ -1,6 +1,9 @@
 """What config.json and the model card say of a training run: what ran, not what was asked for."""
 
 import inspect
+import os
+import shlex
+import sys
 
 RUN_OPTIONS = (  # of SpeechBrain's, those that change what is learned
     "precision",
@@ -12,6 +15,7 @@ RUN_OPTIONS = (  # of SpeechBrain's, those that change what is learned
     "remove_vector_weight_decay",
 )
 PLACES = ("data_folder", "train_csv", "output_folder", "save_folder", "cache_folder")
+COMMAND_FILE = "command.txt"  # in the output folder
 PLAIN = (str, int, float, bool, type(None))
 
 
@@ -67,3 +71,10 @@ def describe_training(hparams: dict, brain) -> dict:
         **plain,
         **{name: getattr(brain, name) for name in RUN_OPTIONS},
     }
+
+
+def command_line() -> str:
+    """The command that this process was started with, by torchrun where it is one of several."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    program = "python" if processes == 1 else f"torchrun --nproc_per_node={processes}"
+    return f"{program} {shlex.join(sys.argv)}\n"
