@@ -76,5 +76,8 @@ def describe_training(hparams: dict, brain) -> dict:
 def command_line() -> str:
     """The command that this process was started with, by torchrun where it is one of several."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    program = "python" if processes == 1 else f"torchrun --nproc_per_node={processes}"
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    program = "python" if processes == 1 else f"torchrun --nproc_per_node={here}"
+    if processes > here:
+        program += f" --nnodes={processes // here}"
     return f"{program} {shlex.join(sys.argv)}\n"

@@ -73,7 +73,9 @@ class Embedded:
                 f"{settings_path(self.path)} does not say which encoder made {self.path}: "
                 "name it with --encoder"
             )
-        model = AudioJEPA(source, **{k: v for k, v in self.settings.items() if k in ENCODER_OPTIONS})
+        model = AudioJEPA(
+            source, **{k: v for k, v in self.settings.items() if k in ENCODER_OPTIONS}
+        )
         if model.normalize == "dataset":
             model.normalization.set(self.settings["mean"], self.settings["std"])
         made_by, found = self.settings.get("encoder"), fingerprint(model)
@@ -163,7 +165,9 @@ def read_embedded(path: str | os.PathLike) -> Embedded:
     for first in range(0, len(vectors), 4096):
         finite = np.isfinite(vectors[first : first + 4096]).all(1)
         if not finite.all():
-            raise ValueError(f"{path}: the embedding of {files[first + int(finite.argmin())]} is not finite")
+            raise ValueError(
+                f"{path}: the embedding of {files[first + int(finite.argmin())]} is not finite"
+            )
     settings = settings_path(path)
     known = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
     return Embedded(path, files, vectors, known)
@@ -180,8 +184,8 @@ def _find(path: Path) -> Path:
     found = sorted(file for file in path.iterdir() if _is_output(file))
     if not found:
         raise FileNotFoundError(
-            f"{path}: no embeddings here. Make them: python -m speechbrain_jepa.embed ENCODER AUDIO "
-            f"--out {path / 'emb.npz'}"
+            f"{path}: no embeddings here. Make them: python -m speechbrain_jepa.embed ENCODER "
+            f"AUDIO --out {path / 'emb.npz'}"
         )
     if len(found) > 1:
         names = ", ".join(file.name for file in found)

@@ -32,8 +32,8 @@ def report_run(hparams: dict, pretrained: Path) -> Path | None:
     Arguments
     ---------
     hparams : dict
-        Of the pretraining recipe. With `online_probe_csv`, its label sets are probed, unless
-        `probe.csv` is there.
+        Of the pretraining recipe. With `online_probe_csv`, its label sets are probed, unless the
+        encoder was probed since it was exported.
     pretrained : Path
         The exported encoder.
 
@@ -46,7 +46,9 @@ def report_run(hparams: dict, pretrained: Path) -> Path | None:
     try:
         if not (output / "masks.png").exists():
             draw_strategies(hparams, output / "masks.png")
-        if hparams["online_probe_csv"] is not None and not (output / "probe.csv").exists():
+        probed = output / "probe.csv"
+        is_probed = probed.exists() and _time(probed) >= _time(pretrained / "config.json")
+        if hparams["online_probe_csv"] is not None and not is_probed:
             probe_run(hparams, pretrained, hparams["online_probe_csv"])
         page = write_report(output)
     except Exception as error:  # the encoder is exported: nothing may end the run now
@@ -54,6 +56,10 @@ def report_run(hparams: dict, pretrained: Path) -> Path | None:
         return None
     logger.info(f"Report: {page}")
     return page
+
+
+def _time(path: Path) -> int:
+    return path.stat().st_mtime_ns
 
 
 def write_report(output_folder) -> Path:
@@ -89,7 +95,7 @@ def write_report(output_folder) -> Path:
         _collapse(rows),
         "<h2>Curves</h2>",
         picture(draw_curves(rows, output / "curves.png"), "loss, effective rank, rates by step"),
-        "<p>Rank and deviations are of the validation clips, each compared at the same patch: where "
+        "<p>Rank and deviations are of the validation clips, compared at the same patch: where "
         "they fall and stay low, the encoder forgets the sound. The loss alone does not show it.</p>",
         _masks(output / "masks.png"),
         _probe_section(probe),
@@ -136,7 +142,7 @@ def _tiles(rows: list[dict], config: dict, probe: ProbeTable | None) -> str:
         pair = f"{average['trained']:.1f} % / {average['untrained']:.1f} %"
         tiles.append(("probe: trained / untrained", pair))
     cells = (
-        f'<div class="tile"><b>{escaped(value)}</b><span class="faint">{escaped(label)}</span></div>'
+        f'<div class="tile"><b>{escaped(value)}</b> <span>{escaped(label)}</span></div>'
         for label, value in tiles
     )
     return f'<div class="tiles">{"".join(cells)}</div>'
@@ -146,7 +152,9 @@ def _collapse(rows: list[dict]) -> str:
     """What the alarm of the run says of its last validation."""
     alarm, fallen = CollapseAlarm(), []
     for row in rows:
-        values = {name: float(row[f"valid_{name}"]) for name in MONITORS if row.get(f"valid_{name}")}
+        values = {
+            name: float(row[f"valid_{name}"]) for name in MONITORS if row.get(f"valid_{name}")
+        }
         if values:
             fallen = alarm.check(values)
     if not fallen:
@@ -164,8 +172,8 @@ def _probe_section(probe: ProbeTable | None) -> str:
     head = "<h2>Linear probe</h2>"
     if probe is None:
         return (
-            f"{head}<p>No labelled set was given. With <code>--online_probe_csv labelled.csv</code> "
-            "(file, split, label) the encoder is probed here beside untrained ones and log-mel "
+            f"{head}<p>No labelled set was given. With <code>--online_probe_csv labelled.csv</code>"
+            " (file, split, label) the encoder is probed here beside untrained ones and log-mel "
             "statistics.</p>"
         )
     groups = probe.with_average.groupby(level=0, sort=False)
@@ -198,7 +206,12 @@ def _online_probe(rows: list[dict]) -> str:
         steps, values = curve(rows, name)
         if name.endswith("_accuracy") and len(values):
             best = int(values.argmax())
-            cells = (f"{values[0]:.1f}", f"{values[best]:.1f}", f"{steps[best]:.0f}", f"{values[-1]:.1f}")
+            cells = (
+                f"{values[0]:.1f}",
+                f"{values[best]:.1f}",
+                f"{steps[best]:.0f}",
+                f"{values[-1]:.1f}",
+            )
             label = name.removeprefix("valid_").removesuffix("_accuracy")
             lines.append(f"<tr><td>{escaped(label)}</td>{_right(cells)}</tr>")
     if not lines:

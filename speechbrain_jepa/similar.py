@@ -83,7 +83,9 @@ def find_similar(
     else:
         index, cosine = nearest(vector, unit(embedded.vectors), wanted)
     pairs = zip(index[0].tolist(), cosine[0].tolist())
-    found = [Found(embedded.files[clip], value) for clip, value in pairs if clip not in {-1, *names}]
+    found = [
+        Found(embedded.files[clip], value) for clip, value in pairs if clip not in {-1, *names}
+    ]
     return found[:k]
 
 

@@ -12,8 +12,8 @@ import sys
 from speechbrain_jepa.embedded import read_embedded
 from speechbrain_jepa.explore.build import AUDIO, explore
 from speechbrain_jepa.explore.maps import MAPS
-from speechbrain_jepa.pages import printable
 from speechbrain_jepa.files import FolderInUse
+from speechbrain_jepa.pages import printable
 
 NAMED = 3  # problems that are printed
 

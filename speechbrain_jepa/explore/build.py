@@ -23,10 +23,10 @@ from tqdm import tqdm
 from speechbrain_jepa.embedded import Embedded
 from speechbrain_jepa.explore.columns import Column, csv_columns, folder_columns
 from speechbrain_jepa.explore.maps import FEWEST, MAPS, lay_out
-from speechbrain_jepa.pages import asset, printable, write_page
 from speechbrain_jepa.explore.sounds import ACROSS, HEIGHT, PER_SHEET, WIDTH, read_sounds
 from speechbrain_jepa.files import folder_lock, whole_file, write_text
 from speechbrain_jepa.neighbours import near_duplicates, nearest, unit
+from speechbrain_jepa.pages import asset, printable, write_page
 
 AUDIO = ("link", "embed", "none")
 EMBEDDED_BYTES = 200e6  # of audio in a page: browsers get slow beyond
@@ -161,7 +161,9 @@ def explore(
         parts = _Parts(folder, plan)
         k = min(k, len(embedded) - 1)
         found = parts.get("neighbours", lambda: _neighbours(embedded, k, progress))
-        places = {name: parts.get(name, lambda m=name: _place(embedded, m, progress)) for name in maps}
+        places = {
+            name: parts.get(name, lambda m=name: _place(embedded, m, progress)) for name in maps
+        }
         sounds, problems = [], []
         if pictures or audio == "embed":
             sounds, problems = _sounds(parts, paths, audio == "embed", num_workers, progress)
@@ -285,7 +287,10 @@ def _blobs(
     for number, column in enumerate(columns):
         yield f"column-{number}", column.values.astype("<f4").tobytes()
     if sounds:
-        yield "seconds", np.concatenate([block["seconds"] for block in sounds]).astype("<f4").tobytes()
+        yield (
+            "seconds",
+            np.concatenate([block["seconds"] for block in sounds]).astype("<f4").tobytes(),
+        )
     clip = 0
     for number, block in enumerate(sounds):
         if pictures:

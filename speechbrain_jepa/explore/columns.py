@@ -37,8 +37,9 @@ class Column:
 
         Example
         -------
-        >>> Column.of("sound", ["cat", "dog", "dog", ""])
-        Column(name='sound', categories=['dog', 'cat'], values=array([ 1.,  0.,  0., nan], dtype=float32))
+        >>> column = Column.of("sound", ["cat", "dog", "dog", ""])
+        >>> column.categories, column.values
+        (['dog', 'cat'], array([ 1.,  0.,  0., nan], dtype=float32))
         """
         given = Counter(text for text in texts if text)
         numbers = _numbers(given)
@@ -80,7 +81,7 @@ def csv_columns(table: str | os.PathLike, paths: Sequence[str]) -> list[Column]:
     Arguments
     ---------
     table : str or Path
-        `file` is relative to the csv's folder, or absolute. Files that are no clips are passed over.
+        `file` is relative to the csv's folder, or absolute. Files that are no clips are left out.
     paths : sequence of str
         Absolute paths of the clips.
 

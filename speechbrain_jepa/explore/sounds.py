@@ -79,9 +79,7 @@ def as_mp3(wav: torch.Tensor) -> bytes:
     return out.getvalue()
 
 
-def read_sounds(
-    paths: Sequence[str], with_audio: bool, num_workers: int = 2
-) -> Iterator[Sounds]:
+def read_sounds(paths: Sequence[str], with_audio: bool, num_workers: int = 2) -> Iterator[Sounds]:
     """Sheet by sheet, what is seen and heard of files.
 
     Arguments

@@ -1,8 +1,8 @@
 """Web pages that are one file: they open without a server, and ask nothing of the network.
 
-Names of files are untrusted text. In HTML they are escaped, in scripts they are JSON that is put into
-the page as text, and the page's content security policy runs no script without its nonce and loads
-nothing from elsewhere.
+Names of files are untrusted text. In HTML they are escaped, scripts get them as JSON and put them
+into the page as text, and the page's content security policy runs no script without its nonce and
+loads nothing from elsewhere.
 """
 
 import base64
