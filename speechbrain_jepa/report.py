@@ -96,7 +96,7 @@ def write_report(output_folder) -> Path:
         "<h2>Curves</h2>",
         picture(draw_curves(rows, output / "curves.png"), "loss, effective rank, rates by step"),
         "<p>Rank and deviations are of the validation clips, compared at the same patch: where "
-        "they fall and stay low, the encoder forgets the sound. The loss alone does not show it.</p>",
+        "they fall and stay low, the encoder forgets the sound. The loss does not show it.</p>",
         _masks(output / "masks.png"),
         _probe_section(probe),
         _online_probe(rows),

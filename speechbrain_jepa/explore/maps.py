@@ -46,6 +46,7 @@ def lay_out(vectors: np.ndarray, method: str, seed: int = 0) -> np.ndarray:
     x = (vectors - vectors.mean(0)) / np.maximum(vectors.std(0), 1e-6)
     dims = min(PRINCIPAL_DIMS, *x.shape)
     x = PCA(dims, svd_solver="randomized", random_state=seed).fit_transform(x)
+    x = np.pad(x, ((0, 0), (0, max(2 - dims, 0))))
     if method == "tsne":
         from sklearn.manifold import TSNE
 
@@ -55,7 +56,7 @@ def lay_out(vectors: np.ndarray, method: str, seed: int = 0) -> np.ndarray:
         x = TSNE(perplexity=perplexity, init=start, random_state=seed).fit_transform(x)
     elif method == "umap":
         x = _umap(x, seed)
-    x = np.pad(x, ((0, 0), (0, max(2 - x.shape[1], 0))))[:, :2]
+    x = x[:, :2]
     low, high = x.min(0), x.max(0)
     side = max(float((high - low).max()), 1e-12)
     return ((x - (low + high) / 2) / side).astype(np.float32)
