@@ -139,8 +139,8 @@ def _tiles(rows: list[dict], config: dict, probe: ProbeTable | None) -> str:
             tiles.append((f"{label}, first → last", f"{values[0]:{form}} → {values[-1]:{form}}"))
     if probe is not None:
         average = probe.with_average["average"].groupby(level=0).mean()
-        pair = f"{average['trained']:.1f} % / {average['untrained']:.1f} %"
-        tiles.append(("probe: trained / untrained", pair))
+        pair = f"{average['trained']:.1f} / {average['untrained']:.1f}"
+        tiles.append(("probe, trained / untrained, %", pair))
     cells = (
         f'<div class="tile"><b>{escaped(value)}</b> <span>{escaped(label)}</span></div>'
         for label, value in tiles

@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+from pages_seen import errors
 
 from speechbrain_jepa import report
 from speechbrain_jepa.description import COMMAND_FILE, command_line
@@ -64,7 +65,7 @@ def test_the_page_has_all_of_the_run(run):
         "60.0 clips a second",
         "0.500 → 0.200 validation loss",
         "90 → 45 effective rank",
-        "75.0 % / 46.5 % probe: trained / untrained",
+        "75.0 / 46.5 probe, trained / untrained, %",
         "untrained (2) 42.0 ± 2.8 51.0 ± 1.4 46.5 ± 2.1",
         "trained 70.0 80.0 75.0",
         "log-mel statistics 50.0 60.0 55.0",
@@ -77,6 +78,19 @@ def test_the_page_has_all_of_the_run(run):
         assert part in text, part
     assert page.read_text().count('src="data:image/png;base64,') == 2
     assert "Collapse?" not in text
+
+
+def test_the_page_opens_in_a_browser_and_runs_no_name(run, browser):
+    page = report.write_report(run)
+    browser.get_log("browser")
+    browser.get(page.as_uri())
+    assert errors(browser) == []
+    assert browser.find_element("css selector", "h1").text == NAME
+    assert browser.execute_script(
+        "return window.hacked === undefined && [...document.images].length === 2 && "
+        "[...document.images].every((image) => image.complete && image.naturalWidth > 100)"
+    )
+    assert browser.execute_script("return performance.getEntriesByType('resource').length") <= 2
 
 
 def test_a_collapse_is_said(run):
