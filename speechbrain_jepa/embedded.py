@@ -15,7 +15,7 @@ from speechbrain_jepa.files import write_text
 
 FORMATS = (".npz", ".npy", ".csv")
 SIDE_FILES = (".files.csv", ".skipped.csv")  # beside an output, and none themselves
-ENCODER_OPTIONS = ("flat", "output_norm", "normalization", "step_seconds")
+ENCODER_OPTIONS = ("flat", "output_norm", "layers", "pooling", "normalization", "step_seconds")
 
 
 @dataclass
@@ -73,9 +73,10 @@ class Embedded:
                 f"{settings_path(self.path)} does not say which encoder made {self.path}: "
                 "name it with --encoder"
             )
-        model = AudioJEPA(
-            source, **{k: v for k, v in self.settings.items() if k in ENCODER_OPTIONS}
-        )
+        options = {name: self.settings[name] for name in ENCODER_OPTIONS if name in self.settings}
+        if self.settings.get("level") == "frame":
+            options["pooling"] = "mean"  # as `read_embedded` pools them
+        model = AudioJEPA(source, **options)
         if model.normalize == "dataset":
             model.normalization.set(self.settings["mean"], self.settings["std"])
         made_by, found = self.settings.get("encoder"), fingerprint(model)
@@ -84,10 +85,10 @@ class Embedded:
                 f"{self.path} was made by an encoder with the fingerprint {made_by}, {source} has "
                 f"{found}: name the right one with --encoder, or embed the files again"
             )
-        if model.get_output_dim() != self.vectors.shape[1]:
+        if model.embedding_dim != self.vectors.shape[1]:
             raise ValueError(
                 f"{self.path} has {self.vectors.shape[1]} dims, {source} gives "
-                f"{model.get_output_dim()}: name the right encoder with --encoder"
+                f"{model.embedding_dim}: name the right encoder with --encoder"
             )
         return model
 

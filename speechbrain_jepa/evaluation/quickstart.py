@@ -64,12 +64,17 @@ def probe_run(hparams: dict, pretrained: Path, labelled: str | Path) -> ProbeTab
     ProbeTable
     """
     seeds = (hparams["seed"] + 1000 * number for number in range(UNTRAINED_ENCODERS))
-    untrained = [AudioJEPA((_untrained(hparams, s), hparams["normalization"])) for s in seeds]
+    trained = AudioJEPA(pretrained)
+    read_out = trained.read_out.describe()
+    untrained = [
+        AudioJEPA((_untrained(hparams, s), trained.normalization, trained.features), **read_out)
+        for s in seeds
+    ]
     table = quick_probe(
         labelled,
         {
             "untrained": [embed_with(encoder) for encoder in untrained],
-            "trained": [embed_with(AudioJEPA(pretrained))],
+            "trained": [embed_with(trained)],
         },
     )
     with whole_file(Path(hparams["output_folder"]) / "probe.csv") as partial:

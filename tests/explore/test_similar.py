@@ -72,6 +72,11 @@ def expected(folder, query, **options):
         ("d/emb.npz", ("--level", "frame", "--step", "0.08"), {"step_seconds": 0.08}),
         ("e/emb.npy", ("--level", "frame"), {}),
         ("f/emb.csv", ("--level", "frame"), {}),
+        (
+            "g/emb.npz",
+            ("--layers", "all", "--pooling", "mean_std"),
+            {"layers": "all", "pooling": "mean_std"},
+        ),
     ],
 )
 def test_a_query_is_embedded_as_the_clips_were(out, options, settings, folder, capsys):
