@@ -38,7 +38,7 @@ from speechbrain_jepa.data import (
     scan_folder,
     split_held_out,
 )
-from speechbrain_jepa.description import describe_training
+from speechbrain_jepa.description import COMMAND_FILE, command_line, describe_training
 from speechbrain_jepa.files import folder_lock, full_disk_named, write_text
 from speechbrain_jepa.recipe import resolve_recipe
 
@@ -153,6 +153,18 @@ def finish(hparams, brain):
     logger.info(f"Pretrained encoder: {pretrained}")
     if hparams.get("after_training") is not None:
         hparams["after_training"](hparams, pretrained)
+    if hparams.get("report"):
+        write_page_of_run(hparams, pretrained)
+
+
+def write_page_of_run(hparams, pretrained):
+    """report.html, where the libraries of the extra [evaluation] are installed."""
+    try:
+        from speechbrain_jepa.report import report_run
+    except ModuleNotFoundError as error:
+        logger.warning(f"No report: {error}")
+    else:
+        report_run(hparams, pretrained)
 
 
 def pretrain(hparams, recipe, run_opts):
@@ -160,6 +172,7 @@ def pretrain(hparams, recipe, run_opts):
     with full_disk_named(hparams["output_folder"]):
         sb.create_experiment_directory(hparams["output_folder"])
     run_on_main(write_text, [Path(hparams["output_folder"]) / "hyperparams.yaml", recipe])
+    run_on_main(write_text, [Path(hparams["output_folder"]) / COMMAND_FILE, command_line()])
 
     if hparams["online_probe_csv"] is not None:
         from speechbrain_jepa.evaluation.online_probe import OnlineProbe
