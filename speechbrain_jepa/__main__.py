@@ -8,6 +8,7 @@ COMMANDS = {
     "embed": "embeddings of audio files and folders",
     "export": "a training run's encoder as a pretrained folder",
     "convert": "weights of M2D, MATPAC or the paper's released code as a pretrained folder",
+    "hear": "HEAR's tasks, embedded and scored by heareval",
     "s3prl": "s3prl's scripts with audio_jepa among the upstreams",
 }
 

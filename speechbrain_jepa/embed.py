@@ -229,8 +229,8 @@ def _state(path: Path) -> str:
     return json.dumps([stat.st_size, stat.st_mtime_ns])
 
 
-def _fingerprint(model: AudioJEPA) -> str:
-    """Of the encoder's parameters."""
+def fingerprint(model: AudioJEPA) -> str:
+    """16 hex digits that stand for the encoder's parameters."""
     digest = hashlib.sha256()
     for name, tensor in model.encoder.state_dict().items():
         digest.update(name.encode())
@@ -299,7 +299,7 @@ def embed_files(
         "output_norm": model.output_norm,
         "normalization": model.normalize,
         "step_seconds": model.step_seconds,
-        "encoder": _fingerprint(model),
+        "encoder": fingerprint(model),
     }
     out = Path(out)
     if out.suffix not in FORMATS:
