@@ -23,6 +23,7 @@ from speechbrain_jepa.suites import checkpoint_id, checkpoint_name, parse_option
 try:
     import mteb
     from datasets import Audio
+    from mteb.models import ModelMeta
     from mteb.models.abs_encoder import AbsEncoder
     from mteb.models.modality_collators import AudioCollator
 except ModuleNotFoundError as error:
@@ -68,7 +69,7 @@ class MTEBEncoder(AbsEncoder):
         self.model = AudioJEPA(source, device=device, **options)
         self.batch_seconds = batch_seconds
         parameters = sum(parameter.numel() for parameter in self.model.encoder.parameters())
-        self.mteb_model_meta = mteb.ModelMeta(
+        self.mteb_model_meta = ModelMeta(
             loader=None,
             name=f"speechbrain-jepa/{checkpoint_name(source)}",
             revision=checkpoint_id(self.model),
