@@ -9,6 +9,7 @@ import torch
 from generated import PITCHES, tone
 
 from speechbrain_jepa import AudioJEPA
+from speechbrain_jepa.data.resampling import resample
 
 mteb = pytest.importorskip("mteb", reason="mteb is not installed: pip install '.[mteb]'")
 
@@ -66,39 +67,49 @@ def test_its_evaluate_tells_tones_apart(encoders, tmp_path):
         assert cache.load_task_result("Tones", other.mteb_model_meta) is None
 
 
-def test_its_own_check_of_models_passes(encoders):
+def encode_by_soundfile(feature, value):
+    """`Audio.encode_example` without torchcodec: mteb's mock tasks are of arrays."""
+    return file_bytes(value["array"], value["sampling_rate"], "WAV") if "array" in value else value
+
+
+def test_its_own_check_of_models_passes(encoders, monkeypatch):
+    monkeypatch.setattr(Audio, "encode_example", encode_by_soundfile)
     found = mteb.mock_run(MTEBEncoder(encoders[0]))
-    audio = [task.metadata.name for task in ALL_MOCK_TASK_TEST_GRID]
-    audio = [name for name in audio if found.task_results.get(name) is not None]
-    assert {name: found[name] for name in audio if not isinstance(found[name], TaskResult)} == {}
-    for kind in ("Classification", "Clustering", "PairClassification", "Reranking", "Multilabel"):
-        assert any(name.startswith(f"MockAudio{kind}") for name in audio)
+    tasks = {task.metadata.name: task.metadata.type for task in ALL_MOCK_TASK_TEST_GRID}
+    ran = {name: result for name, result in found.items() if result is not None}
+    assert {
+        name: result for name, result in ran.items() if not isinstance(result, TaskResult)
+    } == {}
+    kinds = ("", "Multilabel", "Pair")
+    kinds = {*(f"Audio{kind}Classification" for kind in kinds), "AudioClustering", "AudioReranking"}
+    assert {tasks[name] for name in ran} >= kinds
 
 
-@pytest.mark.parametrize(("batch_size", "batch_seconds"), [(1, 600), (20, 600), (20, 2)])
-def test_a_clip_has_the_same_embedding_in_any_batch(batch_size, batch_seconds, encoders):
+def test_a_clip_has_the_same_embedding_in_any_batch(encoders):
     rows = data_set(0)
-    loader = DataLoader(rows, batch_size)
-    encoder = MTEBEncoder(encoders[0], batch_seconds=batch_seconds)
-    embeddings = encoder.encode(loader, task_metadata=Tones.metadata, **PLACE)
-    assert embeddings.shape == (20, encoder.mteb_model_meta.embed_dim)
-    assert embeddings.dtype == np.float32
+    found = []
+    for batch_size, batch_seconds in ((1, 600), (20, 600), (20, 2)):
+        encoder = MTEBEncoder(encoders[0], batch_seconds=batch_seconds)
+        loader = DataLoader(rows, batch_size)
+        found.append(encoder.encode(loader, task_metadata=Tones.metadata, **PLACE))
+    assert found[0].shape == (20, encoder.mteb_model_meta.embed_dim)
+    assert found[0].dtype == np.float32
+    for embeddings in found[1:]:
+        np.testing.assert_allclose(embeddings, found[0], atol=5e-6)
+    # as this package's own reader of files has it
     alone = AudioJEPA(encoders[0])
-    for row, embedding in zip(rows.cast_column("audio", Audio(decode=False)), embeddings):
+    for row, embedding in zip(rows.cast_column("audio", Audio(decode=False)), found[0]):
         wav, rate = soundfile.read(io.BytesIO(row["audio"]["bytes"]), always_2d=True)
-        wav = torch.from_numpy(wav.mean(1, keepdims=True).T).float()
-        if rate != 16_000:
-            import torchaudio
-
-            wav = torchaudio.functional.resample(wav, rate, 16_000)
-        np.testing.assert_allclose(alone.embed(wav)[0].numpy(), embedding, atol=2e-5)
+        wav = torch.from_numpy(resample(wav.mean(1).astype(np.float32), rate))
+        # silent bands of 8 kHz are nothing but rounding errors: the log sees them
+        np.testing.assert_allclose(alone.embed(wav[None])[0].numpy(), embedding, atol=1e-3)
 
 
 def test_a_clip_that_cannot_be_decoded_is_named(encoders):
     good = file_bytes(tone("low", 0), 16_000)
     for bad, message in (
         ({"bytes": b"no audio", "path": None}, "Format not recognised"),
-        (file_bytes(np.zeros(0), 16_000), "is empty"),
+        (file_bytes(np.zeros(0), 16_000, "WAV"), "is empty"),
     ):
         rows = Dataset.from_list([{"audio": good}, {"audio": bad}]).cast_column("audio", Audio())
         with pytest.raises(ValueError, match=f"Tones, default, test, batch 0.*{message}"):
