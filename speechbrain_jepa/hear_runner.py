@@ -28,9 +28,10 @@ from speechbrain_jepa.checkpoints import find_folder
 from speechbrain_jepa.data.audio import read_whole
 from speechbrain_jepa.data.resampling import resample
 from speechbrain_jepa.encoder import AudioJEPA
-from speechbrain_jepa.features import SAMPLE_RATE
+from speechbrain_jepa.features import HOP_LENGTH, SAMPLE_RATE
 from speechbrain_jepa.files import folder_lock, whole_folder, write_text
 from speechbrain_jepa.suites import checkpoint_id, checkpoint_name
+from speechbrain_jepa.vit import PatchGrid
 from speechbrain_jepa.windows import count_shifts
 
 logger = logging.getLogger(__name__)
@@ -107,19 +108,18 @@ def find_tasks(tasks_dir, names=()) -> list[Path]:
     return [found[name] for name in names or found]
 
 
-def event_step(model: AudioJEPA) -> float | None:
-    """The longest time step that HEAR's validator lets pass, or None: the encoder's own.
+def event_step(grid: PatchGrid) -> float | None:
+    """The longest time step that HEAR's validator lets pass, or None: a time patch as it is.
 
     Example
     -------
-    >>> event_step(AudioJEPA())
+    >>> event_step(PatchGrid(frames=208))
     0.04
     """
-    for shifts in range(1, model.encoder.grid.patch_time + 1):
-        step = model.encoder.grid.patch_time / shifts / 100
-        if step <= EVENT_STEP:
-            with contextlib.suppress(ValueError):  # not a whole number of frames
-                return step if count_shifts(model.encoder.grid, step) > 1 else None
+    for shifts in range(1, grid.patch_time + 1):
+        step = grid.patch_time / shifts * HOP_LENGTH / SAMPLE_RATE
+        if step <= EVENT_STEP and grid.patch_time % shifts == 0:  # a step is whole frames
+            return step if shifts > 1 else None
     return None
 
 
@@ -263,7 +263,7 @@ def run(
     encoder = AudioJEPA(model, **options)
     own_step = encoder.step_seconds
     if step_seconds is None:
-        step_seconds = options.get("step_seconds") or event_step(encoder)
+        step_seconds = options.get("step_seconds") or event_step(encoder.encoder.grid)
     elif count_shifts(encoder.encoder.grid, step_seconds) == 1:
         step_seconds = None
     # absolute: heareval's logs go beside them, not into the folder where this was started

@@ -60,8 +60,8 @@ class MTEBEncoder(AbsEncoder):
     Example
     -------
     >>> encoder = MTEBEncoder()
-    >>> encoder.mteb_model_meta.name, encoder.mteb_model_meta.embed_dim
-    ('speechbrain-jepa/tiny', 960)
+    >>> encoder.mteb_model_meta.name, len(encoder.mteb_model_meta.revision)
+    ('speechbrain-jepa/tiny', 10)
     """
 
     def __init__(self, source=None, device=None, batch_seconds: float = BATCH_SECONDS, **options):
@@ -78,7 +78,7 @@ class MTEBEncoder(AbsEncoder):
             n_parameters=parameters,
             memory_usage_mb=round(parameters * 4 / 2**20),
             max_tokens=None,
-            embed_dim=self.model.get_output_dim(),
+            embed_dim=self.model.embedding_dim,
             license=None,
             open_weights=None,
             public_training_code=None,
@@ -141,7 +141,7 @@ class MTEBEncoder(AbsEncoder):
         lengths = torch.tensor([len(clip) for clip in clips])
         order = lengths.argsort(descending=True, stable=True).tolist()
         device = next(self.model.parameters()).device
-        out = np.empty((len(clips), self.model.get_output_dim()), np.float32)
+        out = np.empty((len(clips), self.model.embedding_dim), np.float32)
         while order:
             longest = max(int(lengths[order[0]]), 1)
             count = max(int(self.batch_seconds * self.model.sample_rate / longest), 1)

@@ -7,7 +7,8 @@ say which checkpoint it was, and with which options.
 import hashlib
 import json
 
-from speechbrain_jepa.checkpoints import describe, find_folder
+from speechbrain_jepa.checkpoints import find_folder
+from speechbrain_jepa.config import describe
 from speechbrain_jepa.embed import fingerprint
 from speechbrain_jepa.encoder import AudioJEPA
 
@@ -82,8 +83,8 @@ def checkpoint_id(model: AudioJEPA) -> str:
     Returns
     -------
     str
-        Another one for other weights, normalisation, `step_seconds`, `flat`, `output_norm` or
-        `normalization`.
+        Another one for other weights, features, normalisation, layers, pooling, `step_seconds`,
+        `flat`, `output_norm` or `normalization`.
 
     Example
     -------
@@ -92,8 +93,10 @@ def checkpoint_id(model: AudioJEPA) -> str:
     (2, {10})
     """
     what = {
-        **describe(model.encoder, model.normalization, {}),
+        **describe(model.encoder, model.normalization, {}, model.read_out, model.features),
         "weights": fingerprint(model),
+        "step_layers": model.step_layers,
+        "embed_layers": model.embed_layers,
         "step_seconds": model.step_seconds,
         "flat": model.flat,
         "output_norm": model.output_norm,
