@@ -13,6 +13,7 @@ COMMANDS = {
     "export": "a training run's encoder as a pretrained folder, any encoder as an ONNX file",
     "convert": "weights of M2D, MATPAC or the paper's released code as a pretrained folder",
     "push": "a pretrained folder published at the Hugging Face Hub",
+    "hear": "HEAR's tasks, embedded and scored by heareval",
     "s3prl": "s3prl's scripts with audio_jepa among the upstreams",
 }
 
