@@ -1,4 +1,4 @@
-"""Data sets of SUPERB in their layouts, a few seconds of generated sounds each, and short configs."""
+"""Data sets of SUPERB in their layouts, some seconds of generated sounds, and short configs."""
 
 import hashlib
 import sys
@@ -78,7 +78,7 @@ def keyword_spotting(data, s3prl, rng):
     frequencies = {"yes": 300, "no": 2_500}
 
     def speaker(wanted):
-        """A file name that s3prl's hash puts into that part: under 10 is validation, 20 training."""
+        """A name that s3prl's hash puts there: under 10 is validation, from 20 on training."""
         for number in range(10_000):
             name = f"{rng.integers(1 << 30):08x}"
             share = int(hashlib.sha1(name.encode()).hexdigest(), 16) % (1 << 27) * 100 / (1 << 27)
@@ -145,7 +145,7 @@ def speaker_identification(data, s3prl, rng):
 
 def speaker_verification(data, s3prl, rng):
     names = voxceleb(data, rng, 3, 4)
-    for speaker, number, name in names:
+    for speaker, _, name in names:
         write(data / "test" / "wav" / name, voice(speaker, rng, 2.0))
     pairs = [
         f"{int(a == b)} {first} {second}\n"
