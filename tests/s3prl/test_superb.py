@@ -17,7 +17,7 @@ import yaml
 from trees import TREES, make_tree
 
 from speechbrain_jepa.s3prl import superb
-from speechbrain_jepa.s3prl.tasks import TASKS, option
+from speechbrain_jepa.s3prl.tasks import TASKS, find_task, option
 
 PRINTED = {
     "KS": "dev acc: 0.1\ntest acc: 0.5\n",
@@ -55,13 +55,10 @@ def calls(monkeypatch):
         words = command[4:]
         calls.append(words)
         if option(words, "-m") == "train":
-            name = {"asr": "dev-clean-best", "diarization": "best-states-dev"}
-            name = name.get(option(words, "-d"), "dev-best").replace("*", "")
-            Path(option(words, "-p"), f"{name}.ckpt").write_text(option(words, "-d"))
-            return dataclasses.replace(DONE)
-        by_downstream = {TASKS[name].downstream: text for name, text in PRINTED.items()}
-        downstream = option(words, "-d") or Path(option(words, "-e")).read_text()
-        stdout.write(by_downstream[downstream].encode())
+            task = find_task(option(words, "-d"), option(words, "-c"))
+            Path(option(words, "-p"), task.best).write_text(task.name)
+        else:
+            stdout.write(PRINTED[Path(option(words, "-e")).read_text()].encode())
         return DONE
 
     monkeypatch.setattr(superb.subprocess, "run", run)

@@ -284,12 +284,12 @@ print(f"actTWV: 0.1  maxTWV: {right / total}  Threshold: 2.0188")
 
 
 def query_by_example(data, s3prl, rng):
-    texts = ["AAABB", "BBCCD", "CDCDC", "DADBA", "CBBAD", "ABCDD"]
+    texts = ["ABAB", "CDCD", "ADAD", "BCBC", "ACAC", "BDBD"]
     scoring = data / "scoring"
     documents, lists = [], {"utterances": [], "dev": [], "eval": []}
     for number, text in enumerate(texts):
         name = f"quesst14_{number:05d}"
-        write(data / "Audio" / f"{name}.wav", speak(f"{text[::-1]} {text}", rng))
+        write(data / "Audio" / f"{name}.wav", speak(f"{text} {text}", rng, 0.2))
         lists["utterances"].append(f"quesst14Database/Audio/{name}.wav nnenglish")
         documents.append(name)
     for split in ("dev", "eval"):
@@ -298,7 +298,7 @@ def query_by_example(data, s3prl, rng):
         lines = []
         for number, text in enumerate(texts[:4] if split == "dev" else texts[2:]):
             name = f"quesst14_{split}_{number:04d}"
-            write(data / f"{split}_queries" / f"{name}.wav", speak(text, rng))
+            write(data / f"{split}_queries" / f"{name}.wav", speak(text, rng, 0.2))
             lists[split].append(f"quesst14Database/{split}_queries/{name}.wav nnenglish")
             lines.append(f"{name} {documents[texts.index(text)]}\n")
         truth.write_text("".join(lines))
