@@ -81,9 +81,13 @@ def supply() -> list[str]:
         torch.serialization.add_safe_globals([argparse.Namespace])
         supplied.append("torch.load of argparse.Namespace")
     if find_spec("catalyst") is None:
-        for name in ("catalyst", "catalyst.data", "catalyst.data.sampler"):
-            sys.modules[name] = module_from_spec(ModuleSpec(name, None, is_package=True))
-        put(sys.modules[name], "DistributedSamplerWrapper", DistributedSamplerWrapper)
+        catalyst, data, sampler = (
+            module_from_spec(ModuleSpec(name, None, is_package=True))
+            for name in ("catalyst", "catalyst.data", "catalyst.data.sampler")
+        )
+        sys.modules |= {module.__name__: module for module in (catalyst, data, sampler)}
+        catalyst.data, data.sampler = data, sampler  # type: ignore[attr-defined]
+        put(sampler, "DistributedSamplerWrapper", DistributedSamplerWrapper)
     return supplied
 
 

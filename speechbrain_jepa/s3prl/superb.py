@@ -26,7 +26,6 @@ SCORER = "score-TWV-Cnxe.sh"  # of QUESST 2014, in its folder scoring
 # s3prl keeps the lists of VoxCeleb1's files here, whichever folder they were found in
 CACHES = "downstream/voxceleb1/.cache"
 CORPORA = "downstream/ctc/corpus"
-ENTRIES = {0.04: "audio_jepa_40ms", 0.02: "audio_jepa_20ms"}
 
 
 @dataclass(frozen=True)
@@ -60,9 +59,8 @@ class Upstream:
         """
         if self.source is None:
             return ["-u", self.name]
-        entry = "audio_jepa"
-        if task.longest_step is not None and self.step_seconds > task.longest_step * (1 + 1e-9):
-            entry = ENTRIES[task.longest_step]
+        fits = task.longest_step is None or self.step_seconds <= task.longest_step * (1 + 1e-9)
+        entry = "audio_jepa" if fits else task.entry
         return ["-u", entry, "-k", self.source]
 
 

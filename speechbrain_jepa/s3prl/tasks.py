@@ -13,6 +13,7 @@ from pathlib import PurePath
 
 SAMPLE_RATE = 16_000
 RUNNER = "run_downstream.py"
+ENTRIES = {0.04: "audio_jepa_40ms", 0.02: "audio_jepa_20ms"}  # by their time step
 
 # Why a step is too coarse
 CTC = (
@@ -21,6 +22,7 @@ CTC = (
 )
 STFT = "the step becomes the hop of the STFT that the masks are applied to"
 LABELS = "labels and predictions have one value a step, so boundaries are known to a step only"
+X_VECTOR = "the x-vector needs 15 steps, and utterances from 2 s on are trained with"
 QUERIES = "a query under 5 steps scores 0 against everything"
 
 
@@ -93,10 +95,9 @@ class Task:
 
     @property
     def entry(self) -> str:
-        """The upstream that suits it."""
-        if self.longest_step is None:
-            return "audio_jepa"
-        return f"audio_jepa_{round(1000 * self.longest_step)}ms"
+        """The upstream that suits it, with the longest step that does."""
+        steps = [step for step in ENTRIES if step <= (self.longest_step or 0)]
+        return ENTRIES[max(steps)] if steps else "audio_jepa"
 
     def overrides(self, data: str) -> dict[str, str]:
         """Lines of the yaml with the folder put in, as -o takes them."""
@@ -177,6 +178,8 @@ TASKS = {
             (Metric("EER %", r"sv-voxceleb1/test-EER: (\S+)", 100, False),),
             best="states-*.ckpt",
             needs=("sklearn", "scipy"),
+            longest_step=0.13,
+            why=X_VECTOR,
         ),
         Task(
             "ASR",

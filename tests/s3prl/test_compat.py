@@ -39,11 +39,16 @@ def names_of(tree):
 
 
 def resolves(name):
+    """Whether it is a module, or an attribute of something that resolves."""
     module, *attributes = name.split(".")
     value = importlib.import_module(module)
     for attribute in attributes:
+        module = f"{module}.{attribute}"
         if not hasattr(value, attribute):
-            return False
+            try:
+                importlib.import_module(module)
+            except ImportError:
+                return False
         value = getattr(value, attribute)
     return True
 

@@ -249,15 +249,15 @@ def test_upstreams_of_s3prl_and_of_finer_patches(encoder_folder):
 
 # Everything, by s3prl's own run_downstream.py
 
-# What chance or nothing learnt would give, on these data
-CHANCE = {"KS": 33, "SID": 33, "ASV": 50, "ASR": 100, "SD": 60, "QbE": 17, "SS": 0, "SE": 1.0}
+# Better than chance: 33, 33, -, 60 at best, 17. Nothing read is 100 % WER, the mixture itself 0 dB
+CHANCE = {"KS": 50, "SID": 50, "ASR": 70, "SD": 30, "QbE": 50, "SS": 0}
 NEEDS = {name for task in CHANCE for name in TASKS[task].needs}
 
 
 def test_all_of_it_by_s3prls_own_runner(launch, s3prl_folder, encoder_folder, tmp_path, capsys):
     missing = sorted(name for name in NEEDS if importlib.util.find_spec(name) is None)
-    if missing or shutil.which("sox") is None:
-        pytest.skip(f"make test-s3prl has {', '.join(missing)} and the program sox")
+    if missing:
+        pytest.skip(f"make test-s3prl has {', '.join(missing)}")
     clone = tmp_path / "clone" / "s3prl"
     ignored = shutil.ignore_patterns("__pycache__", ".cache", ".wav_lengths")
     shutil.copytree(s3prl_folder, clone, ignore=ignored)
