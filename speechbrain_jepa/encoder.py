@@ -399,7 +399,7 @@ class AudioJEPA(nn.Module):
             if windows.ragged:
                 present = torch.arange(windows.longest) < windows.patches[:, None]
                 valid = present.repeat(1, frequency_patches).to(spectrogram.device)
-            tokens = self.encoder(spectrogram, valid=valid, all_layers=self.output_all_hiddens)
+            tokens = self._encode(windows, spectrogram, valid)
             tokens = tokens.unflatten(-2, (frequency_patches, -1)).transpose(-3, -2)
             value = reduce(tokens.mean(-2) if self.flat else tokens.flatten(-2))
             if out is None:
@@ -411,6 +411,9 @@ class AudioJEPA(nn.Module):
             out[..., clip, row, : value.shape[-2], :] = value
         assert out is not None  # a batch has a clip, and a clip a window
         return out
+
+    def _encode(self, windows: WindowBatch, spectrogram: Tensor, valid: Tensor | None) -> Tensor:
+        return self.encoder(spectrogram, valid=valid, all_layers=self.output_all_hiddens)
 
     def _normalize(self, out: Tensor, steps: Tensor) -> Tensor:
         """Layer norm of [..., B, T, C] over each clip's own time steps and features."""
