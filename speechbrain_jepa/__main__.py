@@ -6,6 +6,7 @@ from importlib.metadata import version
 
 COMMANDS = {
     "embed": "embeddings of audio files and folders",
+    "tag": "labels of audio files and folders, by a fine-tuned classifier",
     "export": "a training run's encoder as a pretrained folder",
     "convert": "weights of M2D, MATPAC or the paper's released code as a pretrained folder",
     "s3prl": "s3prl's scripts with audio_jepa among the upstreams",

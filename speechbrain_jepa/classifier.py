@@ -248,7 +248,9 @@ class AudioClassifier(nn.Module):
         """
         folder = Path(folder)
         _check_replaceable(folder)
-        state = {name: part.detach().cpu().contiguous() for name, part in self._head_state().items()}
+        state = {
+            name: part.detach().cpu().contiguous() for name, part in self._head_state().items()
+        }
         broken = [name for name, part in state.items() if not part.isfinite().all()]
         if broken:
             raise ValueError(f"{folder}: {broken[0]} of the head holds NaN or infinity")
