@@ -341,7 +341,7 @@ class AudioClassifier(nn.Module):
             if not part.isfinite().all():
                 raise ValueError(f"{weights.path}: {name} holds NaN or infinity")
         model.head.load_state_dict(state, strict=False)  # without batch norm's counter
-        return model.eval()
+        return model.eval().requires_grad_(False)
 
     def _head_state(self) -> dict[str, Tensor]:
         state = self.head.state_dict()

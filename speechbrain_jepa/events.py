@@ -99,8 +99,8 @@ def read_events(path, data_folder=None) -> EventTable:
     missing = [column for column in COLUMNS if column not in columns]
     if missing:
         raise ValueError(
-            f"{path} has no column {', '.join(missing)}: it needs {', '.join(COLUMNS)}, its columns "
-            f"are {', '.join(columns)}"
+            f"{path} has no column {', '.join(missing)}: it needs {', '.join(COLUMNS)}, and has "
+            f"{', '.join(columns)}"
         )
     split_of: dict[str, str] = {}
     events: dict[str, list[Event]] = {}

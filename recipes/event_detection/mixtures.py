@@ -4,8 +4,8 @@
 
 The sounds of `percussion_folder/meta.csv` (file, label, split) are put at random places on top of
 crops of the background clips. Sounds of a split are heard in that split's mixtures alone; so are
-background clips, divided by their names. Written are `audio/*.flac`, 16 kHz, and `events.csv` (file,
-onset, offset, label, split). The same seed gives the same files.
+background clips, divided by their names. Written are `audio/*.flac`, 16 kHz, and `events.csv`
+(file, onset, offset, label, split). The same seed gives the same files.
 
 An event lasts from the first to the last moment at which its sound's envelope (10 ms RMS) is within
 30 dB of its peak. Two events of one label do not overlap.

@@ -1,7 +1,8 @@
 """Detect events in time: an encoder with a classifier of its time steps.
 
     python train.py hparams/events.yaml --data_folder /my/audio --csv my_events.csv
-    python train.py hparams/events.yaml --data_folder /my/audio --step_seconds 0.02 --pooling attention
+    python train.py hparams/events.yaml --data_folder /my/audio --step_seconds 0.02 \
+        --pooling attention
 
 Every line of the yaml is an option; SpeechBrain's run options (--device, --precision, --debug, ...)
 work as everywhere. Started again with the same command, a run goes on where it was stopped.

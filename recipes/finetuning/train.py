@@ -2,7 +2,7 @@
 
     python train.py hparams/esc50.yaml --data_folder /data/ESC-50-master --encoder_source my_encoder
     python train.py hparams/speech_commands_m2d.yaml --data_folder /data/speech_commands
-    python train.py hparams/custom.yaml --data_folder /my/audio --csv my_labels.csv --from_scratch True
+    python train.py hparams/custom.yaml --data_folder /my/audio --csv my_labels.csv
     torchrun --nproc_per_node=4 train.py hparams/audioset20k.yaml --data_folder ... --batch_size 12
 
 Every line of the yaml is an option; SpeechBrain's run options (--device, --precision, --debug, ...)

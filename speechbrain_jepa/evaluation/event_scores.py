@@ -2,7 +2,7 @@
 
 | score | library | settings |
 | --- | --- | --- |
-| event-based F1 | sed_eval | macro; onsets within 0.2 s, offsets within 0.2 s or 20 % of the length |
+| event-based F1 | sed_eval | macro; onsets within 0.2 s, offsets 0.2 s or 20 % of the length |
 | best event-based F1 | sed_scores_eval | the same collars, over all thresholds |
 | PSDS 1, PSDS 2 | sed_scores_eval | scenarios 1 and 2 of DCASE task 4 |
 

@@ -28,10 +28,9 @@ class FinetuningBrain(sb.Brain):
 
     Modules: `classifier`. Loaders are those of `speechbrain_jepa.finetuning.data.make_loader`.
 
-    hparams read here: `learning_rate_schedule` (callable of step and total
-    steps), `layer_decay`, `mixup` (see `speechbrain_jepa.finetuning.augment`), `label_smoothing`, `seed`,
-    `train_logger`, `skipped_files` (or None: told of files that cannot be read). Run options are
-    SpeechBrain's own.
+    hparams read here: `learning_rate_schedule` (callable of step and total steps), `layer_decay`,
+    `mixup` (see `speechbrain_jepa.finetuning.augment`), `label_smoothing`, `seed`, `train_logger`,
+    `skipped_files` (or None: told of files that cannot be read). Run options are SpeechBrain's own.
 
     The loss is cross-entropy, or with `multilabel` binary cross-entropy, the mean over clips and
     labels. The score is the accuracy, or the mean average precision. The checkpoint with the best

@@ -1,4 +1,4 @@
-"""Labelled clips in batches: the same clips and crops in every run of a seed, and after a resume."""
+"""Labelled clips in batches: the same ones in every run of a seed, and after a resume."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace

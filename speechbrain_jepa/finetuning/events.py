@@ -1,4 +1,4 @@
-"""The fine-tuning loop for events in time: scores of time steps, and of clips if they are pooled."""
+"""The fine-tuning loop for events in time: scores of time steps, pooled ones of clips."""
 
 import numpy as np
 import speechbrain as sb

@@ -60,6 +60,7 @@ def test_psds_of_the_truth_is_1_and_of_its_contrary_0(detector):
     exact = [EventTargets([events], LABELS, 800)(0, 0.0, 4.0).numpy() for events in truth]
     good, middle = judge.psds(exact), judge.psds(noisy)
     assert good["psds1"] > 0.9 and good["psds2"] > 0.9
-    assert 0 < middle["psds1"] < good["psds1"] and middle["psds2"] < good["psds2"]
+    assert 0 < middle["psds1"] < middle["psds2"] <= good["psds2"]  # scenario 2 is the lenient one
+    assert middle["psds1"] < good["psds1"]
     bad = judge.psds([1 - values for values in exact])
     assert bad["psds1"] < 0.05

@@ -72,7 +72,7 @@ def test_files_that_cannot_be_read_are_left_out_and_told(tones, tmp_path):
     batch = dataset.__getitems__([(0, 0), (0, 1)])
     assert batch.targets.tolist() == [8] and batch.rows == [1]
     assert [file for file, _ in batch.failures] == [str(bad)]
-    with pytest.raises(UnreadableAudio, match="bad.wav"):
+    with pytest.raises(UnreadableAudio, match=r"bad\.wav"):
         dataset.__getitems__([(0, 0)])
 
 

@@ -167,7 +167,7 @@ def test_other_seeds_are_other_runs(parts, tones, tmp_path):
             tmp_path / str(seed),
             1,
             **{**ALL_ON, "hparams": {**ALL_ON["hparams"], "seed": seed}},
-        ).fit()  # fmt: skip
+        ).fit()
         for seed in (1, 2)
     ]
     assert not torch.equal(*(run.model.head["linear"].weight for run in runs))
