@@ -84,6 +84,7 @@ def make_loaders(hparams):
             hparams["crop_frames"],
             hparams["seed"],
             random_crops=name == "train",
+            n_fft=hparams["n_fft"],
         )
         sampler = CropSampler(len(dataset), hparams["batch_size"], hparams["seed"], **sampling)
         workers = hparams["num_workers"] if name == "train" else min(hparams["num_workers"], 1)
@@ -137,7 +138,7 @@ def pretrain(hparams, recipe, run_opts):
         from speechbrain_jepa.evaluation.online_probe import OnlineProbe
 
         hparams["online_probe"] = OnlineProbe(
-            hparams["online_probe_csv"], hparams["online_probe_every"]
+            hparams["online_probe_csv"], hparams["online_probe_every"], hparams["read_out"]
         )
     if hparams["data_folder"] is None and hparams["train_csv"] is None:
         logger.info("No --data_folder and no --train_csv: taking the generated demo corpus")
@@ -165,6 +166,8 @@ def pretrain(hparams, recipe, run_opts):
             "encoder": hparams["encoder"],
             "normalization": hparams["normalization"],
             "training": describe_training(hparams, brain),
+            "read_out": hparams["read_out"],
+            "log_mel": hparams["features"],
         },
     )
     brain.fit(hparams["epoch_counter"], train_loader, valid_loader)

@@ -359,7 +359,7 @@ class JEPABrain(sb.Brain):
         probe = self.online_probe
         if probe is None or not if_main_process() or (epoch or 0) % probe.every:
             return {}
-        return probe(self.jepa.context_encoder, self.modules.normalization)
+        return probe(self.jepa.context_encoder, self.modules.normalization, self.modules.features)
 
     # Checkpoints
 

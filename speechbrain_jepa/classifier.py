@@ -155,10 +155,11 @@ class AudioClassifier(nn.Module):
                 )
         if len(labels) < 1 or len(set(labels)) < len(labels):
             raise ValueError(f"labels={short(labels)}: at least one is needed, and none twice")
-        if encoder.output_all_hiddens or encoder.flat or encoder.output_norm:
+        plain = not (encoder.output_all_hiddens or encoder.flat or encoder.output_norm)
+        if not plain or encoder.step_layers != [encoder.num_layers - 1]:
             raise ValueError(
                 "the classifier's encoder gives its last layer as it is: without "
-                "output_all_hiddens, flat and output_norm"
+                "output_all_hiddens, layers, flat and output_norm"
             )
         self.encoder = encoder
         self.labels = list(labels)
@@ -255,7 +256,6 @@ class AudioClassifier(nn.Module):
         if broken:
             raise ValueError(f"{folder}: {broken[0]} of the head holds NaN or infinity")
         encoder = self.encoder
-        origin = encoder.description["training"]
         config = {
             "format_version": FORMAT_VERSION,
             "labels": self.labels,
@@ -268,10 +268,10 @@ class AudioClassifier(nn.Module):
             "normalization": "instance" if encoder.normalize == "instance" else "pretraining",
             "decoding": asdict(self.decoding),
         }
+        facts = {**encoder.description["training"], **(training or {})}
+        parts = (encoder.encoder, encoder.normalization, facts, encoder.read_out, encoder.features)
         with whole_folder(folder) as partial:
-            save_pretrained(
-                partial, encoder.encoder, encoder.normalization, {**origin, **(training or {})}
-            )
+            save_pretrained(partial, *parts)
             text = json.dumps(config, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
             (partial / CLASSIFIER).write_text(text, encoding="utf-8")
             save_file(state, partial / HEAD, metadata={"format": "pt"})

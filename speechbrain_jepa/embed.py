@@ -31,6 +31,7 @@ from speechbrain_jepa.data.clips import BATCH_SECONDS, find_audio, read_clips
 from speechbrain_jepa.data.skipped import SkippedFiles, csv_line
 from speechbrain_jepa.encoder import NORMALIZATIONS, AudioJEPA
 from speechbrain_jepa.files import FolderInUse, folder_lock, whole_file, write_text
+from speechbrain_jepa.read_out import add_read_out
 
 FORMATS = (".npz", ".npy", ".csv")
 LEVELS = ("clip", "frame")
@@ -291,12 +292,16 @@ def embed_files(
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r}: choose one of {', '.join(PRECISIONS)}")
     if model.output_all_hiddens:
-        raise ValueError("embed_files writes one layer: load AudioJEPA without output_all_hiddens")
+        raise ValueError(
+            "embed_files writes one vector: load AudioJEPA with layers, not output_all_hiddens"
+        )
     plan = {
         "level": level,
         "precision": precision,
         "flat": model.flat,
         "output_norm": model.output_norm,
+        "layers": model.embed_layers if level == "clip" else model.step_layers,
+        "pooling": model.read_out.pooling if level == "clip" else None,
         "normalization": model.normalize,
         "step_seconds": model.step_seconds,
         "encoder": _fingerprint(model),
@@ -402,6 +407,7 @@ def main(arguments=None) -> None:
     add("audio", nargs="*", help="audio files, and folders to search")
     add("--out", required=True, help="output file: .npz, .npy or .csv")
     add("--level", choices=LEVELS, default="clip", help="one embedding a file or a time step")
+    add_read_out(parser, "as the encoder's config.json says; the last with --level frame")
     add("--step", type=float, help="seconds of a time step, finer than the encoder's own")
     add("--flat", action="store_true", help="average frequency patches, not concatenate")
     add("--normalization", choices=NORMALIZATIONS, default="pretraining")
@@ -416,6 +422,8 @@ def main(arguments=None) -> None:
         files = find_audio(options.audio)
         model = AudioJEPA(
             options.encoder,
+            layers=options.layers,
+            pooling=options.pooling,
             flat=options.flat,
             normalization=options.normalization,
             step_seconds=options.step,

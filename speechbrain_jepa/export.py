@@ -7,6 +7,7 @@ import argparse
 
 from speechbrain_jepa.checkpoints import export_experiment
 from speechbrain_jepa.files import FolderInUse
+from speechbrain_jepa.read_out import add_read_out
 
 
 def main(arguments=None) -> None:
@@ -22,10 +23,18 @@ def main(arguments=None) -> None:
         help="export the target encoder (the moving average) instead of the context encoder",
     )
     parser.add_argument("--half", action="store_true", help="float16 parameters: half the size")
+    add_read_out(parser, "as the training run has it")
     options = parser.parse_args(arguments)
     which = "target" if options.target_encoder else "context"
     try:
-        folder = export_experiment(options.experiment_folder, options.out, which, options.half)
+        folder = export_experiment(
+            options.experiment_folder,
+            options.out,
+            which,
+            options.half,
+            options.layers,
+            options.pooling,
+        )
     except (OSError, ValueError, FolderInUse) as error:
         raise SystemExit(f"export: {error}") from error
     print(f"{which} encoder written to {folder}")

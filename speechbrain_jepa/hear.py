@@ -16,7 +16,7 @@ class HearModel(AudioJEPA):
 
     @property
     def scene_embedding_size(self) -> int:
-        return self.get_output_dim()
+        return self.embedding_dim
 
     @property
     def timestamp_embedding_size(self) -> int:
@@ -32,7 +32,7 @@ def load_model(model_file_path: str = "", **options) -> HearModel:
         A pretrained folder, an experiment folder or a Hugging Face repo id. Default: the encoder
         that comes with the package.
     **options
-        For `AudioJEPA`: step_seconds, flat, normalization, max_windows_per_batch, ...
+        For `AudioJEPA`: layers, pooling, step_seconds, flat, normalization, ...
 
     Returns
     -------
@@ -68,7 +68,7 @@ def load_model(model_file_path: str = "", **options) -> HearModel:
 
 
 def get_scene_embeddings(audio: Tensor, model: HearModel) -> Tensor:
-    """One embedding a sound.
+    """One embedding a sound, read out as the model's folder or its options say.
 
     Arguments
     ---------

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from speechbrain_jepa.checkpoints import MODEL_TYPE
+from speechbrain_jepa.config import MODEL_TYPE
 from speechbrain_jepa.encoder import AudioJEPA
 
 

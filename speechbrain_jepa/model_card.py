@@ -12,6 +12,8 @@ HYPERPARAMS_TEXT = """\
 
 output_norm: False # layer norm over each clip's output
 output_all_hiddens: False # the output of every layer
+layers: null # all, or a list of layers: of a time step; null: the last
+pooling: null # of clip_level: mean or mean_std. null, and layers null: as config.json says
 flat: False # average the frequency patches of a time step instead of concatenating them
 normalization: pretraining # or instance
 max_windows_per_batch: 128
@@ -21,6 +23,8 @@ encoder: !new:speechbrain_jepa.inference.PretrainedAudioJEPA
     clip_level: !ref <clip_level>
     output_norm: !ref <output_norm>
     output_all_hiddens: !ref <output_all_hiddens>
+    layers: !ref <layers>
+    pooling: !ref <pooling>
     flat: !ref <flat>
     normalization: !ref <normalization>
     max_windows_per_batch: !ref <max_windows_per_batch>
@@ -67,8 +71,8 @@ license: other # TO BE CHOSEN by whoever publishes this folder
 
 # Audio encoder {title}
 
-A vision transformer over log-mel spectrograms (16 kHz audio, {features.N_MELS} bands, 100 frames a
-second), {origin}
+A vision transformer over log-mel spectrograms (16 kHz audio, {config["features"]["n_mels"]} bands,
+windows of {config["features"]["n_fft"]} samples, 100 frames a second), {origin}
 
 | | |
 | --- | --- |

@@ -148,6 +148,7 @@ def settings(data, output, cache, **others):
         "min_seconds": 0.2,
         "valid_share": 0.02,
         "max_valid": 1024,
+        "n_fft": 400,
         "crop_frames": 208,
         "decode_once": False,
         "passes_per_epoch": 1,

@@ -22,7 +22,7 @@ from speechbrain_jepa.data.resampling import (
     resampling_ratio,
     spare_blocks,
 )
-from speechbrain_jepa.features import HOP_LENGTH, MARGIN, crop_samples, num_frames
+from speechbrain_jepa.features import HOP_LENGTH, N_FFT, crop_samples, num_frames
 
 MAX_REPLACEMENTS = 32  # broken files in a row; more mean that the disk is the problem
 
@@ -82,6 +82,7 @@ def read_crop(
     sample_rate: int,
     start: int,
     length: int,
+    n_fft: int = N_FFT,
 ) -> np.ndarray:
     """Read what `frames` spectrogram frames of a segment need, from its `first_frame` on.
 
@@ -98,10 +99,12 @@ def read_crop(
         Of the file, in Hz.
     start, length : int
         The segment, in samples at the file's rate.
+    n_fft : int
+        Of the log-mel that the crop is for. Default 400.
 
     Returns
     -------
-    array [crop_samples(frames)], float32
+    array [crop_samples(frames, n_fft)], float32
         Mono (the mean of the channels), 16 kHz.
 
     Raises
@@ -120,8 +123,8 @@ def read_crop(
     """
     path = os.fspath(path)
     available = resampled_length(length, sample_rate)
-    begin = first_frame * HOP_LENGTH - MARGIN
-    end = begin + crop_samples(frames)
+    begin = first_frame * HOP_LENGTH - n_fft // 2
+    end = begin + crop_samples(frames, n_fft)
     if not 0 <= first_frame < num_frames(available):
         raise UnreadableAudio(
             path, f"has {num_frames(available)} frames: none at first_frame={first_frame}"
@@ -141,7 +144,7 @@ class CropBatch:
 
     Arguments
     ---------
-    wav : Tensor [B, crop_samples(frames)], float32
+    wav : Tensor [B, crop_samples(frames, n_fft)], float32
     item : Tensor [B], int64
         Rows of the manifest.
     failures : list of (str, str)
@@ -178,6 +181,8 @@ class CropDataset(Dataset):
     random_crops : bool
         True: each start that fits is equally likely, anew each epoch. False: the crop of epoch 0
         in every epoch, for validation.
+    n_fft : int
+        Of the log-mel that the crops are for. Default 400.
 
     Raises
     ------
@@ -203,6 +208,7 @@ class CropDataset(Dataset):
         crop_frames: int = 208,
         seed: int = 0,
         random_crops: bool = True,
+        n_fft: int = N_FFT,
     ):
         if len(manifest) == 0:
             raise ValueError("the manifest is empty: there is nothing to crop")
@@ -213,6 +219,7 @@ class CropDataset(Dataset):
         self.crop_frames = crop_frames
         self.seed = seed
         self.random_crops = random_crops
+        self.n_fft = n_fft
         self._reported: set[int] = set()  # broken items that this process has reported
 
     def __len__(self) -> int:
@@ -223,7 +230,7 @@ class CropDataset(Dataset):
 
     def __getitems__(self, keys: list[Key]) -> CropBatch:
         """Read one crop for each key; broken files are replaced by others and reported."""
-        wav = torch.empty(len(keys), crop_samples(self.crop_frames))
+        wav = torch.empty(len(keys), crop_samples(self.crop_frames, self.n_fft))
         items: list[int] = []
         failures: list[tuple[str, str]] = []
         for row, (epoch, item) in zip(wav.numpy(), keys):
@@ -258,4 +265,5 @@ class CropDataset(Dataset):
         room = num_frames(resampled_length(length, rate)) - self.crop_frames
         first = int(random.integers(room + 1)) if room > 0 else 0
         path = shards.join(self.data_folder, manifest.path(item))
-        return read_crop(path, first, self.crop_frames, rate, int(manifest.start[item]), length)
+        start = int(manifest.start[item])
+        return read_crop(path, first, self.crop_frames, rate, start, length, self.n_fft)

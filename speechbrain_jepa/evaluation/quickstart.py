@@ -38,12 +38,17 @@ def report(hparams: dict, pretrained: Path, tasks_folder: str | Path | None = No
     """
     output = Path(hparams["output_folder"])
     seeds = (hparams["seed"] + 1000 * number for number in range(UNTRAINED_ENCODERS))
-    untrained = [AudioJEPA((_untrained(hparams, s), hparams["normalization"])) for s in seeds]
+    trained = AudioJEPA(pretrained)
+    read_out = trained.read_out.describe()
+    untrained = [
+        AudioJEPA((_untrained(hparams, s), trained.normalization, trained.features), **read_out)
+        for s in seeds
+    ]
     table = quick_probe(
         tasks_folder or make_demo_corpus(),
         {
             "untrained": [embed_with(encoder) for encoder in untrained],
-            "trained": [embed_with(AudioJEPA(pretrained))],
+            "trained": [embed_with(trained)],
         },
     )
     table.accuracy.to_csv(output / "probe.csv")

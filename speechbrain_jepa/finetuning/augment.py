@@ -124,7 +124,7 @@ class SpecAugment:
         return bool(self.bands * self.frequency_masks or self.frames * self.time_masks)
 
     def draw(self, clip_frames: Tensor, device: torch.device, num_bands: int = 80) -> "Masks":
-        """Masks for clips of so many frames, [B], int64 on the CPU."""
+        """Masks for clips of so many frames, [B], int64 on the CPU, and bands."""
         sizes = torch.full_like(clip_frames, num_bands)
         return Masks(
             bands=_intervals(sizes, self.bands, self.frequency_masks).to(device),

@@ -64,22 +64,22 @@ class FinetunedJEPA(AudioJEPA):
             yield from pairs
             return
         frames = -(-clips.samples // HOP_LENGTH)
-        masks = self.spec_augment.draw(frames, clips.padded.device)
+        masks = self.spec_augment.draw(frames, clips.padded.device, clips.grid.bands)
         step = clips.grid.patch_time // clips.shifts
         lead = lead_frames(clips.grid, clips.shifts)
         for windows, spectrogram in pairs:
             first_step = windows.number * (clips.grid.frames // step) + windows.shift
             yield windows, masks(spectrogram, windows.clip, first_step * step - lead)
 
-    def _encode(self, windows: WindowBatch, spectrogram: Tensor, valid: Tensor | None) -> Tensor:
+    def _encode(self, windows: WindowBatch, spectrogram: Tensor, valid, all_layers: bool) -> Tensor:
         if not self.training or self.patch_drop is None:
-            return super()._encode(windows, spectrogram, valid)
+            return super()._encode(windows, spectrogram, valid, all_layers)
         index, kept = self.patch_drop.draw(self.encoder.grid, windows.patches)
         index = index.to(spectrogram.device)
         kept = None if kept.all() else kept.to(spectrogram.device)
-        tokens = self.encoder(spectrogram, index=index, valid=kept)
+        tokens = self.encoder(spectrogram, index=index, valid=kept, all_layers=all_layers)
         patches = self.encoder.grid.frequency_patches * windows.longest
-        out = tokens.new_zeros(len(tokens), patches, tokens.shape[-1])
+        out = tokens.new_zeros(*tokens.shape[:-2], patches, tokens.shape[-1])
         if kept is not None:  # padding has number 0 as a real patch may: it adds nothing there
             tokens = tokens * kept[..., None]
-        return out.scatter_add(1, index[..., None].expand_as(tokens), tokens)
+        return out.scatter_add(-2, index[..., None].expand_as(tokens), tokens)

@@ -74,6 +74,19 @@ def assert_crops_equal_whole(path, tolerance, frames=48, start=0, length=None):
         assert error.max() < tolerance, (first, error.max())
 
 
+@pytest.mark.parametrize("n_fft", [200, 1024])
+def test_crops_for_another_window_equal_the_whole_too(tmp_path, n_fft):
+    path, log_mel = write(tmp_path / "a.wav"), LogMelSpectrogram(n_fft, n_mels=16)
+    whole = log_mel(torch.from_numpy(soundfile.read(path, dtype="float32")[0])[None])[0]
+    for first in (0, 1, 2, 3, 40, 51, 52, 53):
+        wav = read_crop(path, first, 48, 16_000, 0, 16_000, n_fft)
+        crop = log_mel(torch.from_numpy(wav)[None], margins=True)[0]
+        torch.testing.assert_close(crop, whole[:, first : first + 48], rtol=1e-5, atol=1e-5)
+    manifest, _ = scan_folder(tmp_path, tmp_path / "scan", progress=False)
+    batch = CropDataset(manifest, tmp_path, 48, n_fft=n_fft).__getitems__([(0, 0)])
+    assert log_mel(batch.wav, margins=True).shape == (1, 16, 48)
+
+
 RATES = [8000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000, 96_000, 192_000]
 
 
