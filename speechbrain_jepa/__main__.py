@@ -9,6 +9,7 @@ COMMANDS = {
     "embed": "embeddings of audio files and folders",
     "similar": "the clips most similar to one",
     "explore": "embeddings as a page to look at and listen to",
+    "tag": "labels of audio files and folders, by a fine-tuned classifier",
     "report": "the page of a pretraining run",
     "export": "a training run's encoder as a pretrained folder, any encoder as an ONNX file",
     "convert": "weights of M2D, MATPAC or the paper's released code as a pretrained folder",
