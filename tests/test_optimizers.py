@@ -95,7 +95,7 @@ def test_the_first_update_is_muons_orthogonalised_gradient_at_adamws_size():
         with torch.no_grad():
             moved = ((1 - 1e-3 * 0.05) * first - ours).double()
         expected = 1e-3 * 0.2 * max(ours.shape) ** 0.5 * newton_schulz(ours.grad.double())
-        assert torch.cosine_similarity(moved.flatten(), expected.flatten(), dim=0) > 0.97
+        assert torch.cosine_similarity(moved.flatten(), expected.flatten(), dim=0) > 0.93
         assert 0.9 < moved.norm() / expected.norm() < 1.1
 
 
