@@ -23,6 +23,7 @@ MODULES = (
     "jepa",
     "checkpointer",
     "brain",
+    "validation",
     "monitors",
     "hear",
 )

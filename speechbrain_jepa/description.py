@@ -1,6 +1,9 @@
 """What config.json and the model card say of a training run: what ran, not what was asked for."""
 
 import inspect
+import os
+import shlex
+import sys
 
 RUN_OPTIONS = (  # of SpeechBrain's, those that change what is learned
     "precision",
@@ -12,6 +15,7 @@ RUN_OPTIONS = (  # of SpeechBrain's, those that change what is learned
     "remove_vector_weight_decay",
 )
 PLACES = ("data_folder", "train_csv", "output_folder", "save_folder", "cache_folder")
+COMMAND_FILE = "command.txt"  # in the output folder
 PLAIN = (str, int, float, bool, type(None))
 
 
@@ -74,3 +78,13 @@ def describe_training(hparams: dict, brain) -> dict:
         **plain,
         **{name: getattr(brain, name) for name in RUN_OPTIONS},
     }
+
+
+def command_line() -> str:
+    """The command that this process was started with, by torchrun where it is one of several."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    program = "python" if processes == 1 else f"torchrun --nproc_per_node={here}"
+    if processes > here:
+        program += f" --nnodes={processes // here}"
+    return f"{program} {shlex.join(sys.argv)}\n"

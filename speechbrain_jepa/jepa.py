@@ -5,6 +5,7 @@ Shapes: B clips, M masks of each (1 unless asked for), Kc context and Kt target 
 
 import copy
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,15 @@ from speechbrain_jepa.vit import Encoder, Predictor
 TARGET_DOMAINS = ("audio", "latent")
 TARGET_LAYERS = ("last", "all")
 TARGET_NORM_EPS = 1e-6
-UPDATED_AT_ONCE = 2**20  # weights: few enough to stay in a CPU's cache over the update's six passes
+UPDATED_AT_ONCE = 2**18  # weights on a CPU: few enough to stay in its cache over an update's passes
+SGD: dict[str, Any] = dict(
+    weight_decay=0.0,
+    momentum=1.0,
+    lr=-1.0,
+    nesterov=False,
+    maximize=False,
+    is_first_step=False,
+)
 
 
 @dataclass
@@ -217,23 +226,33 @@ class JEPA(nn.Module):
         return _standardized(layers.float()).mean(0)
 
     @torch.no_grad()
-    def update_target(self, rate: float) -> None:
+    def update_target(self, rate: float, skip: Tensor | None = None) -> None:
         """target <- rate * target + (1 - rate) * context, for all parameters at once (eq. 1).
 
         At a rate of 0.99999 a weight 0.2 % away moves by 2e-8 of its size, which float32 rounds to
         nothing. What is rounded off is kept and added with the next update (Kahan, 1965).
+
+        Arguments
+        ---------
+        rate : float
+        skip : Tensor, scalar, float32, or None
+            1: everything stays as it is; 0: it does not. The host need not know which.
         """
-        triples = zip(
+        rows = zip(
             self.target_encoder.parameters(), self.target_rest, self.context_encoder.parameters()
         )
-        for group in _grouped(triples):
-            target, rest, context = map(list, zip(*group))
-            scratch = torch._foreach_sub(context, target)
-            torch._foreach_add_(rest, scratch, alpha=1 - rate)
-            torch._foreach_copy_(scratch, target)
-            torch._foreach_add_(target, rest)
-            torch._foreach_sub_(scratch, target)  # old minus new, exactly
-            torch._foreach_add_(rest, scratch)
+        # .data: the kernel may write to what it takes for gradients, and autograd would believe it
+        for target, rest, context in _in_pieces((part.data for part in row) for row in rows):
+            old = [part.clone() for part in target]
+            # torch's fused SGD computes buffer <- momentum * buffer + (1 - dampening) * (gradient +
+            # weight_decay * parameter); parameter <- parameter - lr * buffer, in one pass:
+            # rest <- rest + (1 - rate) * (context - target); target <- target + rest
+            torch._fused_sgd_(
+                *(target, context, rest),
+                **(SGD | {"weight_decay": -1.0, "dampening": rate, "found_inf": skip}),
+            )
+            # old <- old - target, which is exact; rest <- rest + old
+            torch._fused_sgd_(rest, target, old, **(SGD | {"dampening": 2.0}))
 
 
 def _standardized(tokens: Tensor) -> Tensor:
@@ -241,14 +260,17 @@ def _standardized(tokens: Tensor) -> Tensor:
     return F.layer_norm(tokens, tokens.shape[-1:], eps=TARGET_NORM_EPS)
 
 
-def _grouped(rows, values: int = UPDATED_AT_ONCE):
-    """Rows of tensors in groups whose first tensors hold about so many values together."""
+def _in_pieces(rows):
+    """Rows of tensors as lists, one a column; on a CPU `UPDATED_AT_ONCE` values at a time."""
     group, held = [], 0
-    for row in rows:
-        group.append(row)
-        held += row[0].numel()
-        if held >= values:
-            yield group
-            group, held = [], 0
+    for row in map(tuple, rows):
+        limit = UPDATED_AT_ONCE if row[0].is_cpu else 2**24
+        is_small = row[0].numel() <= limit
+        for piece in [row] if is_small else zip(*(part.view(-1).split(limit) for part in row)):
+            group.append(piece)
+            held += piece[0].numel()
+            if held >= limit:
+                yield tuple(map(list, zip(*group)))
+                group, held = [], 0
     if group:
-        yield group
+        yield tuple(map(list, zip(*group)))

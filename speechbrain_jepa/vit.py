@@ -202,7 +202,7 @@ class Encoder(nn.Module):
         positions = self._positions_for(spectrogram)
         patches = self.grid.patches(spectrogram)
         if index is None:
-            positions = positions.expand(len(patches), -1, -1)
+            positions = positions.expand(patches.shape[0], -1, -1)
         else:
             patches = patches.gather(1, index[..., None].expand(-1, -1, patches.shape[-1]))
             positions = F.embedding(index, positions)
@@ -240,7 +240,7 @@ class Encoder(nn.Module):
 
 def _append_token(x: Tensor, valid: Tensor | None, token: Tensor) -> tuple[Tensor, Tensor | None]:
     """Behind the patches, where their numbers stay as they are."""
-    x = torch.cat([x, token.to(x.dtype).expand(len(x), 1, -1)], 1)
+    x = torch.cat([x, token.to(x.dtype).expand(x.shape[0], 1, -1)], 1)
     return x, None if valid is None else F.pad(valid, (0, 1), value=True)
 
 

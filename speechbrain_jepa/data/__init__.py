@@ -9,6 +9,7 @@ from speechbrain_jepa.data.sampler import CropSampler, MixedCropSampler, crop_lo
 from speechbrain_jepa.data.scan import read_csv, scan_folder
 from speechbrain_jepa.data.skipped import SkippedFiles
 from speechbrain_jepa.data.split import cut_segments, split_held_out
+from speechbrain_jepa.data.workers import choose_workers
 
 __all__ = [
     "CropBatch",
@@ -18,6 +19,7 @@ __all__ = [
     "MixedCropSampler",
     "SkippedFiles",
     "UnreadableAudio",
+    "choose_workers",
     "crop_loader",
     "cut_segments",
     "decode_once",
