@@ -11,7 +11,7 @@ whatever the option, so that with many masks it computes more for each.
 import argparse
 import statistics
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -79,7 +79,7 @@ def make_step(option: Option, args):
     def step():
         heard = wav if option.augment is None else option.augment(wav)
         spectrogram = features(heard, margins=True)
-        masks = masking(clips * option.masks_per_clip)
+        masks = replace(masking(clips * option.masks_per_clip), frames=option.frames)
         if option.share is not None:
             masks = masks.predicting(option.share)
         with torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"):

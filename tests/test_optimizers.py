@@ -1,5 +1,6 @@
 """Muon and AdamW as one optimiser, against each on its own and against Muon written out."""
 
+import copy
 import itertools
 
 import pytest
@@ -108,7 +109,7 @@ def test_a_state_that_is_loaded_goes_on_to_the_bit():
     other = build()
     other.load_state_dict(jepa.state_dict())
     second = make_optimizer(rm_vector_weight_decay(other), other, muon=True, **ADAMW)
-    second.load_state_dict(first.state_dict())
+    second.load_state_dict(copy.deepcopy(first.state_dict()))  # torch shares what it loads
     for each, optimizer in ((jepa, first), (other, second)):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3
