@@ -82,7 +82,7 @@ def worker_memory(dataset: CropDataset, looks: tuple[int, ...]) -> list[list[tup
     for number in range(1, looks[-1] + 1):
         next(batches)
         if number in looks:
-            usage.append([memory_of(worker.pid) for worker in batches._workers])
+            usage.append([memory_of(worker.pid) for worker in loader._iterator._workers])
     return usage
 
 

@@ -14,6 +14,7 @@ MODULES = (
     "encoder",
     "checkpoints",
     "features",
+    "patches",
     "vit",
     "masking",
     "losses",

@@ -1,6 +1,7 @@
 """The pretraining loop as a SpeechBrain Brain: it moves data and steps, and owns no model code."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import speechbrain as sb
@@ -17,12 +18,13 @@ from speechbrain.utils.logger import get_logger
 
 from speechbrain_jepa.attention import choose_backend
 from speechbrain_jepa.files import full_disk_named
-from speechbrain_jepa.masking import PatchMasks
+from speechbrain_jepa.masking import PatchMasks, for_grid
 from speechbrain_jepa.monitors import CollapseAlarm, Interval, MetricsTable, peak_memory_gib
 from speechbrain_jepa.validation import KeptBatches, Validation
 
 logger = get_logger(__name__)
 
+AUGMENTATION = 1  # a stream of random numbers beside that of the masks
 REFERENCE_BATCH = 256  # the learning rate is base rate * global batch / 256
 TRAIN_COLUMNS = (
     "loss",
@@ -47,11 +49,12 @@ class JEPABrain(sb.Brain):
 
     hparams read here: `masking` (a strategy), `learning_rate_schedule`, `ema_schedule` (callables
     of step and total steps), `seed`, `batch_size` (per device), `log_interval` (optimiser steps),
-    `collapse_share`, `output_folder`, `train_logger`, and optionally `tensorboard_logger`,
-    `online_probe` (speechbrain_jepa.evaluation.online_probe), `skipped_files` (told of audio
-    files that break during training), `valid_every` and `checkpoint_every` (optimiser steps from
-    one to the next; None or not there: at the end of every epoch). Run options are SpeechBrain's
-    own.
+    `collapse_share`, `output_folder`, `train_logger`, and optionally `masks_per_clip` (1 if there
+    is none), `predicted_share` (of the targets), `mixed_frames` (durations beside the grid's),
+    `augment` (of the waveforms), `tensorboard_logger`, `online_probe`
+    (speechbrain_jepa.evaluation.online_probe), `skipped_files` (told of audio files that break
+    during training), `valid_every` and `checkpoint_every` (optimiser steps from one to the next;
+    None or not there: at the end of every epoch). Run options are SpeechBrain's own.
 
     One optimiser step: gradients of `grad_accumulation_factor` batches, clipped together over all
     parameter groups, AdamW, then one EMA update of the target encoder. A step whose loss or
@@ -70,16 +73,19 @@ class JEPABrain(sb.Brain):
         if self.optimizer_step_limit is not None:
             # given on the command line it arrives as text: the option has no type of its own
             self.optimizer_step_limit = int(self.optimizer_step_limit)
-        self.world_size = (
-            torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        )
-        self.process_rank = (
-            torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        )
+        distributed = torch.distributed.is_initialized()
+        self.world_size = torch.distributed.get_world_size() if distributed else 1
+        self.process_rank = torch.distributed.get_rank() if distributed else 0
         for precision in (self.precision, self.eval_precision):
             dtype = AMPConfig.from_name(precision).dtype
             choose_backend(self.jepa.context_encoder.attention, torch.device(self.device), dtype)
         self.mask_generator = torch.Generator(self.device)
+        grid = self.jepa.context_encoder.grid
+        self.maskings = {  # of other durations than the grid's
+            frames: for_grid(self.hparams.masking, replace(grid, frames=frames))
+            for frames in getattr(self.hparams, "mixed_frames", None) or ()
+            if frames != grid.frames
+        }
         self.alarm = CollapseAlarm(self.hparams.collapse_share)
         regularizer = self.jepa.regularizer
         self.parts = () if regularizer is None else ("prediction", *regularizer.names)
@@ -166,15 +172,25 @@ class JEPABrain(sb.Brain):
 
     # One batch
 
-    def draw_masks(self, clips: int, stage) -> PatchMasks:
+    def draw_masks(self, clips: int, stage, frames: int | None = None) -> PatchMasks:
         """Masks that depend only on seed, process, epoch and batch: a resume draws them again."""
+        self._seed(stage)
+        rows = clips * getattr(self.hparams, "masks_per_clip", 1)
+        masking = self.maskings.get(frames, self.hparams.masking)
+        masks = masking(rows, device=self.device, generator=self.mask_generator)
+        if frames in self.maskings:
+            masks = replace(masks, frames=frames)
+        share = getattr(self.hparams, "predicted_share", None)
+        return masks if share is None else masks.predicting(share, self.mask_generator)
+
+    def _seed(self, stage, *stream: int) -> torch.Generator:
+        """The generator of masks, or of another stream, at the place of this batch."""
         if stage == sb.Stage.TRAIN:
             key = (self.hparams.seed, self.process_rank, self.epoch, self.step)
         else:
             # the same in every validation, whichever process has the batch
             key = (self.hparams.seed, -1, 0, self._valid_batch + 1)
-        self.mask_generator.manual_seed(hash(key) & (2**63 - 1))
-        return self.hparams.masking(clips, device=self.device, generator=self.mask_generator)
+        return self.mask_generator.manual_seed(hash((*key, *stream)) & (2**63 - 1))
 
     @property
     def _valid_batch(self) -> int:
@@ -186,9 +202,12 @@ class JEPABrain(sb.Brain):
         self._report_skipped(batch)
         batch = batch.to(self.device)
         with torch.no_grad():
-            spectrogram = self.modules.features(batch.wav, margins=True)
+            wav, augment = batch.wav, getattr(self.hparams, "augment", None)
+            if augment is not None and stage == sb.Stage.TRAIN:
+                wav = augment(wav, self._seed(stage, AUGMENTATION))
+            spectrogram = self.modules.features(wav, margins=True)
             spectrogram = self.modules.normalization(spectrogram)
-        masks = self.draw_masks(len(batch), stage)
+        masks = self.draw_masks(len(batch), stage, spectrogram.shape[2])
         if stage == sb.Stage.TRAIN:
             return self.modules.jepa(spectrogram, masks)
         # without DDP, which would wait for processes that have fewer batches
@@ -333,7 +352,8 @@ class JEPABrain(sb.Brain):
 
     def _validate(self, epoch: int, enable: bool = False):
         """Between two batches of training, or epochs; its time is not the interval's."""
-        step, self.step = self.step, 0
+        step: int = self.step  # type: ignore[has-type]  # SpeechBrain's
+        self.step = 0
         self.interval.pause()
         super()._fit_valid(self.valid_batches, epoch, enable)
         self.stage = sb.Stage.TRAIN

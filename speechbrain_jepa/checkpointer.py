@@ -146,7 +146,8 @@ class AtomicCheckpointer(Checkpointer):
             As it will be; None where this is not the main process.
         """
         self.remove_leftovers()
-        hooks, self._copies = self.custom_save_hooks, {}
+        hooks = self.custom_save_hooks  # type: ignore[has-type]  # SpeechBrain's
+        self._copies = {}
         copied = {
             name: self._copy
             for name, recoverable in self.recoverables.items()

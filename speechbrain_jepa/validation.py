@@ -77,7 +77,7 @@ class Validation:
         """A batch, whose first clip is the validation set's clip `first_clip`."""
         losses = {"loss": output.loss, **output.parts}
         self.losses.append(torch.stack([losses[name].detach().double() for name in self.names]))
-        self.targets.add(output.targets, masks.target_index, output.target_valid)
+        self.targets.add(output.targets, masks.predicted_index, output.target_valid)
         embeddings = self.encoder(spectrogram).float()
         num_patches = embeddings.shape[1]
         index = torch.arange(num_patches, device=self.device).expand(len(embeddings), -1)

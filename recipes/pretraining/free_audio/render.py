@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
+import torchaudio
 from sources import DRUM_PRESETS, HELD_OUT_PROGRAMS, HELD_OUT_VOICES
 
-from speechbrain_jepa.data.resampling import resampler
+from speechbrain_jepa.data.resampling import resampling_ratio
 from speechbrain_jepa.features import SAMPLE_RATE
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,8 @@ def to_16k(wav: np.ndarray, rate: int) -> np.ndarray:
     """Mono at 16 kHz of [samples] or [samples, channels]."""
     wav = wav.mean(1) if wav.ndim == 2 else wav
     if rate != SAMPLE_RATE and len(wav):
-        wav = resampler(rate)(torch.from_numpy(np.ascontiguousarray(wav, np.float32))).numpy()
+        resample = torchaudio.transforms.Resample(*resampling_ratio(rate))
+        wav = resample(torch.from_numpy(np.ascontiguousarray(wav, np.float32))).numpy()
     return wav.astype(np.float32)
 
 
