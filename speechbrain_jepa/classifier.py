@@ -177,9 +177,10 @@ class AudioClassifier(nn.Module):
             self.head["norm"] = nn.LayerNorm(dim, eps=1e-6)
         if pooling == "attention":
             self.head["attention"] = nn.Linear(dim, len(labels))
-        for name in {"linear", "attention"} & set(self.head):
-            nn.init.normal_(self.head[name].weight, std=HEAD_STD)
-            nn.init.zeros_(self.head[name].bias)
+        for layer in self.head.values():
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=HEAD_STD)
+                nn.init.zeros_(layer.bias)
         self.dropout = nn.Dropout(dropout)
         self.to(encoder.encoder.patch_embed.weight.device)
 

@@ -20,6 +20,7 @@ import types
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import soundfile
 import torch
@@ -41,7 +42,7 @@ EVENT_STEP = 0.05  # seconds: HEAR's validator warns of time steps further apart
 METADATA = "task_metadata.json"
 SCORES = "test.predicted-scores.json"
 # what lightning's checkpoints of heareval's predictors hold beside tensors: settings of its grid
-GRID_VALUES = [
+GRID_VALUES: list[Any] = [
     torch.nn.BatchNorm1d,
     torch.nn.Identity,
     torch.nn.init.xavier_normal_,
@@ -60,8 +61,8 @@ class HearScore:
         Name of its folder.
     kind : str
         "scene" or "event".
-    step_seconds : float
-        Of the embeddings' time steps.
+    step_seconds : float or None
+        Of the embeddings' time steps; None: not known.
     metric : str
         The task's first, by which heareval chooses hyperparameters.
     test, valid : float
@@ -70,7 +71,7 @@ class HearScore:
 
     task: str
     kind: str
-    step_seconds: float
+    step_seconds: float | None
     metric: str
     test: float
     valid: float
@@ -302,7 +303,7 @@ def run(
     return scores, failed, results
 
 
-def _score(folder: Path, task: str, kind: str, step: float) -> HearScore:
+def _score(folder: Path, task: str, kind: str, step: float | None) -> HearScore:
     scores = json.loads((folder / SCORES).read_text(encoding="utf-8"))
     metadata = json.loads((folder / METADATA).read_text(encoding="utf-8"))
     if "aggregated_scores" in scores:

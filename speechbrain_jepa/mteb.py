@@ -159,7 +159,7 @@ def _loader(inputs: DataLoader) -> DataLoader:
     if "audio" not in features:
         raise ValueError(f"the encoder takes audio, and this has {', '.join(features) or 'none'}")
     if isinstance(features["audio"], Audio):
-        dataset = dataset.cast_column("audio", Audio(decode=False))
+        dataset = dataset.cast_column("audio", Audio(decode=False))  # type: ignore[attr-defined]
     return DataLoader(
         dataset,
         batch_size=inputs.batch_size,

@@ -69,10 +69,10 @@ def nearest(
     found = []
     with tqdm(total=len(queries), disable=not progress, desc="neighbours") as bar:
         for rows in torch.arange(len(queries)).split(BLOCK):
-            cosine = torch.from_numpy(queries[rows[0] : rows[-1] + 1]) @ keys
+            block = torch.from_numpy(queries[rows[0] : rows[-1] + 1]) @ keys
             if without_self:
-                cosine[torch.arange(len(rows)), rows] = -torch.inf
-            found.append(cosine.topk(k))
+                block[torch.arange(len(rows)), rows] = -torch.inf
+            found.append(block.topk(k))
             bar.update(len(rows))
     cosine = torch.cat([block.values for block in found]).numpy()
     return torch.cat([block.indices for block in found]).numpy(), cosine.clip(-1, 1)
@@ -156,7 +156,7 @@ class ApproximateIndex:
             with whole_file(graph) as partial:
                 faiss.write_index(self.graph, os.fspath(partial))
             write_text(note, state)
-        self.graph.hnsw.efSearch = EFFORT_SEARCHING
+        self.graph.hnsw.efSearch = EFFORT_SEARCHING  # type: ignore[attr-defined]  # of its subclass
 
     @staticmethod
     def _make(faiss, vectors: np.ndarray, progress: bool):

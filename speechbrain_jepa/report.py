@@ -241,12 +241,12 @@ def _settings(output: Path, config: dict) -> str:
     tables = []
     for section, values in config.items():
         if isinstance(values, dict) and values:
-            lines = (
+            cells = (
                 f"<tr><td>{escaped(name)}</td><td>{escaped(value)}</td></tr>"
                 for name, value in _flat(values)
             )
             head = f'<tr><th colspan="2">{escaped(section)}</th></tr>'
-            tables.append(f"<table>{head}{''.join(lines)}</table>")
+            tables.append(f"<table>{head}{''.join(cells)}</table>")
     text = f'<h2>Settings</h2><div class="settings">{"".join(tables)}</div>' if tables else ""
     recipe = output / "hyperparams.yaml"
     if recipe.exists():

@@ -84,6 +84,6 @@ class AudioJEPAEncoder(AudioJEPA):
         """Duration of a time step."""
         return 1000 * self.downsample_rate / self.sample_rate
 
-    def forward(self, wav: Tensor) -> Tensor:
+    def forward(self, wav: Tensor) -> Tensor:  # type: ignore[override]  # as X-ARES calls it
         """Waveforms [B, samples], which X-ARES pads with zeros, to [B, T, C], float32."""
         return super().forward(wav).float()

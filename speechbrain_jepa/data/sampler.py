@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from speechbrain_jepa.data.crops import DURATIONS, ORDER, CropDataset, Key, random_at
+from speechbrain_jepa.data.crops import DURATIONS, ORDER, Key, random_at
 from speechbrain_jepa.data.workers import LoaderAdvice, available_cpus
 
 logger = logging.getLogger(__name__)
@@ -207,7 +207,7 @@ class CropLoader(DataLoader):
 
     def _batches(self):
         sampler = self.batch_sampler
-        if self.dataset.crops_per_file == 1:
+        if getattr(sampler, "crops_per_file", 1) == 1:
             yield from super().__iter__()
             return
         done = sampler.batches_done % sampler.crops_per_file  # of the first list, before a resume
@@ -219,7 +219,7 @@ class CropLoader(DataLoader):
 
 
 def crop_loader(
-    dataset: CropDataset,
+    dataset: Dataset,
     sampler: Iterable[list[Key]],
     num_workers: int = 0,
     prefetch_factor: int = 2,
@@ -234,7 +234,7 @@ def crop_loader(
 
     Arguments
     ---------
-    dataset : CropDataset
+    dataset : CropDataset, or another whose `__getitems__` takes a batch's keys
     sampler : CropSampler, MixedCropSampler, or a list of batches of keys
     num_workers : int
         Default 0: read in the main process.
@@ -254,13 +254,13 @@ def crop_loader(
     ValueError
         If dataset and sampler have different `crops_per_file`.
     """
-    of_sampler = getattr(sampler, "crops_per_file", 1)
-    if dataset.crops_per_file != of_sampler:
+    of_dataset, of_sampler = (getattr(part, "crops_per_file", 1) for part in (dataset, sampler))
+    if of_dataset != of_sampler:
         raise ValueError(
-            f"crops_per_file={dataset.crops_per_file} of the dataset, "
-            f"{of_sampler} of the sampler: give both the same"
+            f"crops_per_file={of_dataset} of the dataset, {of_sampler} of the sampler: give both "
+            "the same"
         )
-    if dataset.crops_per_file > 1:
+    if of_dataset > 1:
         prefetch_factor = max(prefetch_factor // 2, 1)
     workers: dict[str, Any] = dict(
         prefetch_factor=prefetch_factor,

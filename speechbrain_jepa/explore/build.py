@@ -14,6 +14,7 @@ import shutil
 import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -161,15 +162,15 @@ def explore(
         parts = _Parts(folder, plan)
         k = min(k, len(embedded) - 1)
         found = parts.get("neighbours", lambda: _neighbours(embedded, k, progress))
-        places = {
-            name: parts.get(name, lambda m=name: _place(embedded, m, progress)) for name in maps
-        }
-        sounds, problems = [], []
+        places = {name: parts.get(name, partial(_place, embedded, name, progress)) for name in maps}
+        sounds: list = []
+        problems: list = []
         if pictures or audio == "embed":
             sounds, problems = _sounds(parts, paths, audio == "embed", num_workers, progress)
         groups = near_duplicates(found["index"], found["cosine"], threshold)
+        title = title or embedded.path.name
         data = {
-            "title": title or embedded.path.name,
+            "title": title,
             "names": [printable(name) for name in names],
             "base": _url(os.path.relpath(base, out.parent)),
             "odd": {i: _url(name) for i, name in enumerate(names) if printable(name) != name},
@@ -185,7 +186,7 @@ def explore(
         }
         write_page(
             out,
-            data["title"],
+            title,
             asset("explore.html"),
             asset("explore.css"),
             data,

@@ -106,7 +106,7 @@ def csv_columns(table: str | os.PathLike, paths: Sequence[str]) -> list[Column]:
             f"{next(iter(row_of), 'missing')}, that of the embeddings {paths[0]}"
         )
     return [
-        Column.of(printable(name), [row and row[name] for row in found])
+        Column.of(printable(name), [row[name] if row else None for row in found])
         for name in header
         if name and name != "file"
     ]

@@ -84,7 +84,7 @@ class FinetuningBrain(sb.Brain):
 
     def on_stage_start(self, stage, epoch=None):
         self.epoch = epoch
-        self.collected: list[tuple[list[int], Tensor, Tensor]] = []
+        self.collected: list[tuple] = []  # what an evaluation is scored from
         if stage == sb.Stage.TRAIN:
             # after a resume `step` says how many of this epoch's batches were done
             self.train_set.batch_sampler.set_epoch(epoch, batches_done=self.step)

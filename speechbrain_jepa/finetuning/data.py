@@ -117,7 +117,7 @@ class LabelledDataset(Dataset):
 
     def __getitems__(self, keys: list[Key]) -> LabelledBatch:
         rows, wavs, targets, failures = [], [], [], []
-        for draw, row in keys:
+        for draw, row, *_ in keys:
             try:
                 wav = self._read(row)
             except UnreadableAudio as error:
@@ -186,7 +186,7 @@ class BalancedSampler(CropSampler):
         place = self.epoch * self.num_items * self.passes  # every draw has crops of its own
         for batch, keys in enumerate(super().__iter__(), self.batches_done):
             first = place + batch * self.batch_size * self.world_size + self.rank
-            yield [(first + n * self.world_size, item) for n, (_, item) in enumerate(keys)]
+            yield [(first + n * self.world_size, item) for n, (_, item, *_) in enumerate(keys)]
 
 
 def balanced_weights(targets: Tensor) -> np.ndarray:
@@ -249,6 +249,7 @@ def make_loader(
     if distributed:
         ranks["rank"] = torch.distributed.get_rank()
         ranks["world_size"] = torch.distributed.get_world_size()
+    sampler: CropSampler
     if weights is not None:
         sampler = BalancedSampler(weights, batch_size, seed, passes=passes, **ranks)
     else:

@@ -74,9 +74,9 @@ class FinetunedJEPA(AudioJEPA):
     def _encode(self, windows: WindowBatch, spectrogram: Tensor, valid, all_layers: bool) -> Tensor:
         if not self.training or self.patch_drop is None:
             return super()._encode(windows, spectrogram, valid, all_layers)
-        index, kept = self.patch_drop.draw(self.encoder.grid, windows.patches)
+        index, drawn = self.patch_drop.draw(self.encoder.grid, windows.patches)
         index = index.to(spectrogram.device)
-        kept = None if kept.all() else kept.to(spectrogram.device)
+        kept = None if drawn.all() else drawn.to(spectrogram.device)
         tokens = self.encoder(spectrogram, index=index, valid=kept, all_layers=all_layers)
         patches = self.encoder.grid.frequency_patches * windows.longest
         out = tokens.new_zeros(*tokens.shape[:-2], patches, tokens.shape[-1])

@@ -77,7 +77,8 @@ class EventBrain(FinetuningBrain):
 
     def tune(self, valid_set) -> None:
         """Find thresholds on the validation clips with the checkpoint that is loaded."""
-        checkpointer, self.checkpointer = self.checkpointer, None
+        checkpointer = self.checkpointer  # type: ignore[has-type]  # SpeechBrain's
+        self.checkpointer = None
         self.on_stage_start(sb.Stage.VALID)
         self.modules.eval()
         with torch.no_grad():

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from trees import TREES, make_tree
+from superb_trees import TREES, make_tree
 
 from speechbrain_jepa.s3prl import superb
 from speechbrain_jepa.s3prl.tasks import TASKS, find_task, option
