@@ -95,7 +95,11 @@ def make_loaders(hparams):
     if hparams["mixed_frames"]:
         check_mixed(hparams["mixed_frames"], hparams["crop_frames"], hparams["crops_per_file"])
         sampler = MixedCropSampler(
-            len(train_set), hparams["batch_size"], hparams["mixed_frames"], hparams["seed"], **ranks
+            len(train_set),
+            hparams["batch_size"],
+            hparams["mixed_frames"],
+            seed=hparams["seed"],
+            **ranks,
         )
     else:
         sampler = CropSampler(len(train_set), *sampling, **ranks, **crops)
