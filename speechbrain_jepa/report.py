@@ -10,15 +10,15 @@ import argparse
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-import pandas as pd
 from speechbrain.utils.logger import get_logger
 
 from speechbrain_jepa.description import COMMAND_FILE
 from speechbrain_jepa.evaluation.pictures import curve, draw_curves
 from speechbrain_jepa.evaluation.quick_probe import ProbeTable
-from speechbrain_jepa.evaluation.quickstart import draw_strategies, probe_run
+from speechbrain_jepa.evaluation.quickstart import draw_strategies, join, probe_run
 from speechbrain_jepa.monitors import CollapseAlarm, MetricsTable
 from speechbrain_jepa.pages import asset, escaped, picture, write_page
 
@@ -126,7 +126,7 @@ def _config(output: Path) -> dict:
 def _probe(path: Path) -> ProbeTable | None:
     if not path.exists():
         return None
-    return ProbeTable(pd.read_csv(path, index_col=["features", "seed"]))
+    return join([path])
 
 
 def _tiles(rows: list[dict], config: dict, probe: ProbeTable | None) -> str:
@@ -135,9 +135,9 @@ def _tiles(rows: list[dict], config: dict, probe: ProbeTable | None) -> str:
     batch = config.get("training", {}).get("global_batch")
     if batch:
         tiles.append(("clips seen", f"{steps * batch:,}"))
-    speed = pd.Series(curve(rows, "train_clips_per_second")[1]).median()
-    if speed == speed:
-        tiles.append(("clips a second, median", f"{speed:.1f}"))
+    speeds = curve(rows, "train_clips_per_second")[1]
+    if len(speeds):
+        tiles.append(("clips a second, median", f"{median(speeds):.1f}"))
     for name, label, form in (
         ("valid_loss", "validation loss", ".3f"),
         ("valid_embedding_rank", "effective rank", ".0f"),
