@@ -11,7 +11,7 @@ whatever the option, so that with many masks it computes more for each.
 import argparse
 import statistics
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -48,7 +48,7 @@ OPTIONS = {
     "latent, 8 inverse block masks a clip": Option(LATENT, masks_per_clip=8, inverse=True),
     "cross-attention in the predictor": Option(predictor={"cross_attention": True}),
     "half of the targets": Option(share=0.5),
-    "crops of 104 frames, twice as many": Option(frames=104),
+    "crops of 96 frames, 69 in place of 32": Option(frames=96),
     "Muon": Option(muon=True),
     "background and gain": Option(augment=Augment(0.3, 6.0)),
     "n_fft 1024": Option(n_fft=1024),
@@ -79,7 +79,7 @@ def make_step(option: Option, args):
     def step():
         heard = wav if option.augment is None else option.augment(wav)
         spectrogram = features(heard, margins=True)
-        masks = masking(clips * option.masks_per_clip)
+        masks = replace(masking(clips * option.masks_per_clip), frames=option.frames)
         if option.share is not None:
             masks = masks.predicting(option.share)
         with torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"):

@@ -18,7 +18,7 @@ from speechbrain.utils.logger import get_logger
 
 from speechbrain_jepa.attention import choose_backend
 from speechbrain_jepa.files import full_disk_named
-from speechbrain_jepa.masking import PatchMasks, for_grid
+from speechbrain_jepa.masking import PatchMasks, for_durations
 from speechbrain_jepa.monitors import CollapseAlarm, Interval, MetricsTable, peak_memory_gib
 from speechbrain_jepa.validation import KeptBatches, Validation
 
@@ -80,12 +80,8 @@ class JEPABrain(sb.Brain):
             dtype = AMPConfig.from_name(precision).dtype
             choose_backend(self.jepa.context_encoder.attention, torch.device(self.device), dtype)
         self.mask_generator = torch.Generator(self.device)
-        grid = self.jepa.context_encoder.grid
-        self.maskings = {  # of other durations than the grid's
-            frames: for_grid(self.hparams.masking, replace(grid, frames=frames))
-            for frames in getattr(self.hparams, "mixed_frames", None) or ()
-            if frames != grid.frames
-        }
+        others = getattr(self.hparams, "mixed_frames", None) or ()
+        self.maskings = for_durations(self.hparams.masking, self.jepa.context_encoder.grid, others)
         self.alarm = CollapseAlarm(self.hparams.collapse_share)
         regularizer = self.jepa.regularizer
         self.parts = () if regularizer is None else ("prediction", *regularizer.names)
@@ -178,8 +174,7 @@ class JEPABrain(sb.Brain):
         rows = clips * getattr(self.hparams, "masks_per_clip", 1)
         masking = self.maskings.get(frames, self.hparams.masking)
         masks = masking(rows, device=self.device, generator=self.mask_generator)
-        if frames in self.maskings:
-            masks = replace(masks, frames=frames)
+        masks = replace(masks, frames=frames) if frames in self.maskings else masks
         share = getattr(self.hparams, "predicted_share", None)
         return masks if share is None else masks.predicting(share, self.mask_generator)
 
@@ -356,20 +351,18 @@ class JEPABrain(sb.Brain):
         self.step = 0
         self.interval.pause()
         super()._fit_valid(self.valid_batches, epoch, enable)
-        self.stage = sb.Stage.TRAIN
         self.interval.resume()
         self.modules.train()
-        self.step = step
+        self.stage, self.step = sb.Stage.TRAIN, step
 
     def _fit_valid(self, valid_set, epoch, enable):
         """The end of an epoch: validation and a checkpoint, where they are due."""
         is_last = epoch >= self.epoch_counter.limit or self.optimizer_step >= self.total_steps
-        if self.valid_every is None or is_last:
+        meta = {"epoch": epoch, "step": self.optimizer_step}
+        if self.valid_batches is not None and (self.valid_every is None or is_last):
             self._validate(epoch, enable)
+            meta["valid_loss"] = self.valid_loss
         if self.checkpointer is not None and (self.checkpoint_every is None or is_last):
-            meta = {"epoch": epoch, "step": self.optimizer_step}
-            if self.valid_every is None or is_last:
-                meta["valid_loss"] = self.valid_loss
             self.checkpointer.save_and_keep_only(meta=meta, num_to_keep=1)
 
     def on_stage_end(self, stage, stage_loss, epoch=None):

@@ -7,6 +7,7 @@ Patches are numbered row by row: index = frequency_patch * time_patches + time_p
 
 import inspect
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -179,6 +180,12 @@ def for_grid(strategy, grid: PatchGrid):
             "for another duration: store each argument under its own name"
         )
     return type(strategy)(grid, **{name: getattr(strategy, name) for name in names})
+
+
+def for_durations(strategy, grid: PatchGrid, durations) -> dict[int, Any]:
+    """The strategy on grids of so many frames, by frames; those of its own grid are left out."""
+    others = [frames for frames in durations if frames != grid.frames]
+    return {frames: for_grid(strategy, replace(grid, frames=frames)) for frames in others}
 
 
 class UnstructuredMasking:

@@ -7,11 +7,12 @@ import importlib.util
 import os
 import sys
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
 from speechbrain.utils.epoch_loop import EpochCounter
-from written_out import REPOSITORY, recipe_hparams
+from written_out import EPS, REPOSITORY, recipe_hparams
 
 from speechbrain_jepa.brain import JEPABrain
 from speechbrain_jepa.data import scan_folder
@@ -68,7 +69,7 @@ def make_brain(folder, audio_folder, options, **run_opts):
     hparams["normalization"].set(hparams["norm_mean"], hparams["norm_std"])
     brain = Recorded(
         hparams["modules"],
-        hparams["opt_class"],
+        partial(hparams["opt_class"], eps=EPS),
         hparams,
         {**RUN, "max_grad_norm": 3.0, **run_opts},
         hparams["checkpointer"],

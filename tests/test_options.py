@@ -93,12 +93,13 @@ def test_two_ranks_are_one_process_on_the_joined_batch(name, two_ranks, audio_fo
     for _ in range(STEPS):
         brain.step += 1
         brain.fit_batch([None] * 2 * CLIPS)
-    moved = 0.0
+    # Muon iterates in bfloat16, which makes more of what float32 rounds
+    tolerance, moved = 2e-4 if name == "muon" else 3e-6, 0.0
     for key, value in brain.jepa.state_dict().items():
         if not key.startswith("target_rest"):
-            torch.testing.assert_close(first[key], value, rtol=1e-4, atol=1e-5, msg=key)
-            moved += (first[key] - start[key]).abs().sum()
-    assert moved > 0
+            assert (first[key] - value).abs().max() <= tolerance, key
+            moved = max(moved, (first[key] - start[key]).abs().max().item())
+    assert moved > 5 * tolerance
 
 
 def joined(ours, theirs):
