@@ -165,7 +165,7 @@ def write_page_of_run(hparams, pretrained):
     """report.html, where the libraries of the extra [evaluation] are installed."""
     try:
         from speechbrain_jepa.report import report_run
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         logger.warning(f"No report: {error}")
     else:
         report_run(hparams, pretrained)
