@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: quickstart test test-s3prl lint docs wheel clean
+.PHONY: quickstart test test-s3prl test-espnet-s3prl lint docs wheel clean
 
 quickstart: $(VENV)/installed
 	$(RUN) train.py hparams/quickstart.yaml
@@ -16,6 +16,10 @@ test: $(VENV)/installed lint docs
 # `make test` runs them with today's
 test-s3prl: $(VENV)/s3prl/installed
 	$(VENV)/s3prl/bin/python -m pytest tests/s3prl
+
+# The same bridge on the maintained fork, with the dependencies of $(VENV)
+test-espnet-s3prl: $(VENV)/espnet-s3prl/installed
+	$(VENV)/espnet-s3prl/bin/python -m pytest tests/s3prl/test_upstream.py tests/s3prl/test_emotion.py
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
@@ -43,11 +47,20 @@ $(VENV)/installed: setup.cfg pyproject.toml
 		"Python 3.10 to 3.12 is needed, this is %d.%d: make PYTHON=python3.11 ..." % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --editable '.[dev]'
+	$(RUN) -m pip install --quiet --no-deps heareval==2021.1.3
 	touch $@
 
 $(VENV)/s3prl/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --editable '.[s3prl,test]'
+	$(@D)/bin/python -m pip install --quiet --editable '.[s3prl,superb,test]'
+	touch $@
+
+$(VENV)/espnet-s3prl/installed: $(VENV)/installed
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --no-deps 'espnet-s3prl>=2026.5'
+	echo "$(CURDIR)" > "$$($(@D)/bin/python -c 'import site; print(site.getsitepackages()[0])')/shared.pth"
+	$(RUN) -c 'import site; print(site.getsitepackages()[0])' >> \
+		"$$($(@D)/bin/python -c 'import site; print(site.getsitepackages()[0])')/shared.pth"
 	touch $@
 
 clean:

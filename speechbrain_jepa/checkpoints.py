@@ -306,11 +306,8 @@ def find_folder(source, save_path=None, **hub_options) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(
-            snapshot_download(
-                str(source), cache_dir=save_path, allow_patterns=[CONFIG, WEIGHTS], **hub_options
-            )
-        )
+        hub_options = {"allow_patterns": [CONFIG, WEIGHTS], **hub_options}
+        return Path(snapshot_download(str(source), cache_dir=save_path, **hub_options))
     except (OSError, HFValidationError) as error:
         raise FileNotFoundError(
             f"{source}: no such folder, and as a Hugging Face repo id it could not be "

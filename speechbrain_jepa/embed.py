@@ -13,7 +13,6 @@ describes what is written.
 """
 
 import argparse
-import hashlib
 import json
 import shutil
 import time
@@ -27,13 +26,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from speechbrain_jepa.checkpoints import DEFAULT_ENCODER
 from speechbrain_jepa.data.clips import BATCH_SECONDS, find_audio, read_clips
 from speechbrain_jepa.data.skipped import SkippedFiles, csv_line
+from speechbrain_jepa.embedded import FORMATS, fingerprint, write_settings
 from speechbrain_jepa.encoder import NORMALIZATIONS, AudioJEPA
 from speechbrain_jepa.files import FolderInUse, folder_lock, whole_file, write_text
 from speechbrain_jepa.read_out import add_read_out
 
-FORMATS = (".npz", ".npy", ".csv")
 LEVELS = ("clip", "frame")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 PART_BYTES = 64e6  # a part is put on the disk when it has grown to this size
@@ -230,15 +230,6 @@ def _state(path: Path) -> str:
     return json.dumps([stat.st_size, stat.st_mtime_ns])
 
 
-def _fingerprint(model: AudioJEPA) -> str:
-    """Of the encoder's parameters."""
-    digest = hashlib.sha256()
-    for name, tensor in model.encoder.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().numpy())
-    return digest.hexdigest()[:16]
-
-
 def embed_files(
     model: AudioJEPA,
     files: list[str],
@@ -248,6 +239,7 @@ def embed_files(
     batch_seconds: float = BATCH_SECONDS,
     num_workers: int = 2,
     progress: bool = True,
+    source: str | None = None,
 ) -> tuple[list[str], SkippedFiles]:
     """Embed files into one output file; an interrupted call is continued by the same call.
 
@@ -267,6 +259,8 @@ def embed_files(
         See `speechbrain_jepa.data.clips.read_clips`.
     progress : bool
         Show a progress bar. Default True.
+    source : str or None
+        What the model was loaded from, noted beside the output. Default None: unknown.
 
     Returns
     -------
@@ -304,7 +298,7 @@ def embed_files(
         "pooling": model.read_out.pooling if level == "clip" else None,
         "normalization": model.normalize,
         "step_seconds": model.step_seconds,
-        "encoder": _fingerprint(model),
+        "encoder": fingerprint(model),
     }
     out = Path(out)
     if out.suffix not in FORMATS:
@@ -337,6 +331,7 @@ def embed_files(
             num_workers,
             progress,
         )
+        write_settings(out, {**plan, "source": source}, model)
         times = (lambda steps: model.timestamps(steps).numpy()) if level == "frame" else None
         return embeddings.finish(files, times), skipped
 
@@ -437,6 +432,7 @@ def main(arguments=None) -> None:
             options.precision,
             options.batch_seconds,
             options.num_workers,
+            source=options.encoder or DEFAULT_ENCODER,
         )
     except (OSError, ValueError, FolderInUse) as error:
         raise SystemExit(f"embed: {error}") from error

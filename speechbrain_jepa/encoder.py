@@ -295,9 +295,7 @@ class AudioJEPA(nn.Module):
         """
         with self._grad_mode():
             clips = self._cut(wav, wav_lens)
-            out = self._over_windows(
-                clips, self.step_layers, lambda steps, present: steps, clips.longest
-            )
+            out = self._over_windows(clips, self.step_layers, lambda steps, _: steps, clips.longest)
             shifts = out.unflatten(-3, (self.shifts, -1)).flatten(-3, -2)  # [..., B, K, T', C]
             out = shifts.transpose(-3, -2).flatten(-3, -2)  # step K * m + i is patch m of shift i
             out = out[..., : clips.num_steps, :].contiguous()
@@ -434,7 +432,7 @@ class AudioJEPA(nn.Module):
                 present = torch.arange(windows.longest) < windows.patches[:, None]
                 present = present.to(spectrogram.device)
                 valid = present.repeat(1, frequency_patches)
-            tokens = self.encoder(spectrogram, valid=valid, all_layers=not only_last)
+            tokens = self._encode(windows, spectrogram, valid, all_layers=not only_last)
             tokens = tokens[None] if only_last else tokens[layers]
             tokens = tokens.unflatten(-2, (frequency_patches, -1)).transpose(-3, -2)
             value = reduce(tokens.mean(-2) if self.flat else tokens.flatten(-2), present)
@@ -447,3 +445,6 @@ class AudioJEPA(nn.Module):
             out[..., clip, row, : value.shape[-2], :] = value
         assert out is not None  # a batch has a clip, and a clip a window
         return out
+
+    def _encode(self, windows: WindowBatch, spectrogram: Tensor, valid, all_layers: bool) -> Tensor:
+        return self.encoder(spectrogram, valid=valid, all_layers=all_layers)

@@ -5,6 +5,9 @@ import yaml
 from speechbrain_jepa import features
 from speechbrain_jepa.vit import PatchGrid
 
+LICENCE_TO_CHOOSE = (
+    "To be filled in by whoever publishes this folder, with regard to the audio it was trained on."
+)
 HYPERPARAMS_TEXT = """\
 # For SpeechBrain: WaveformEncoder.from_hparams(source=<this folder>). Settings and parameters are
 # read from config.json and model.safetensors. Any line can be overridden:
@@ -136,6 +139,5 @@ def _origin(training: dict) -> tuple[str, str, str]:
         "pretrained without labels by predicting the representations of masked patches:\n"
         'Riou et al., "Investigating Design Choices in Joint-Embedding Predictive Architectures '
         'for General\nAudio Representation Learning", 2024. Written by speechbrain-jepa.',
-        "To be filled in by whoever publishes this folder, with regard to the audio it was "
-        "trained on.",
+        LICENCE_TO_CHOOSE,
     )

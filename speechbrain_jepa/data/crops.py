@@ -34,8 +34,9 @@ from speechbrain_jepa.features import (
 NEAR = 0.5  # seconds between two crops that are decoded rather than sought over
 MAX_REPLACEMENTS = 32  # broken files in a row; more mean that the disk is the problem
 
-Key = tuple[int, int]  # (pass through the items, item)
-CROPS, ORDER = 0, 1  # streams: independent random numbers of one seed
+# (pass through the items, item), and the crop's frames where they are not the dataset's own
+Key = tuple[int, int] | tuple[int, int, int]
+CROPS, ORDER, DURATIONS = 0, 1, 2  # streams: independent random numbers of one seed
 
 
 def random_at(seed: int, stream: int, *place: int) -> np.random.Generator:
@@ -248,7 +249,7 @@ class CropBatch:
 
 
 class CropDataset(Dataset):
-    """Crops of a manifest's segments, asked for by key (epoch, item).
+    """Crops of a manifest's segments, asked for by key (epoch, item), or (epoch, item, frames).
 
     Arguments
     ---------
@@ -318,22 +319,24 @@ class CropDataset(Dataset):
         return self.__getitems__([key])
 
     def __getitems__(self, keys: list[Key]) -> CropBatch:
-        """Read the crops of each key; broken files are replaced by others and reported.
+        """Read the crops of each key, all of the same frames; broken files are replaced by others
+        and reported.
 
         First one crop of every key, in the order of the keys, then the next of each, ...
         """
         began = time.perf_counter()
-        samples = crop_samples(self.crop_frames, self.n_fft)
-        wav = torch.empty(self.crops_per_file, len(keys), samples)
+        frames = keys[0][2] if len(keys[0]) == 3 else self.crop_frames
+        wav = torch.empty(self.crops_per_file, len(keys), crop_samples(frames, self.n_fft))
         crops, items = wav.numpy(), []
         failures: list[tuple[str, str]] = []
-        for row, (epoch, item) in enumerate(keys):
-            crops[:, row], item = self._read(epoch if self.random_crops else 0, item, failures)
+        for row, (epoch, item, *_) in enumerate(keys):
+            epoch = epoch if self.random_crops else 0
+            crops[:, row], item = self._read(epoch, item, frames, failures)
             items.append(item)
         whose = torch.tensor(items * self.crops_per_file)
         return CropBatch(wav.flatten(0, 1), whose, failures, time.perf_counter() - began)
 
-    def _read(self, epoch: int, item: int, failures: list) -> tuple[np.ndarray, int]:
+    def _read(self, epoch: int, item: int, frames: int, failures: list) -> tuple[np.ndarray, int]:
         """The crops of an item, or of its replacement, and whose they are.
 
         What broke before is tried again: a cut-off file has good crops as well as bad ones, and if
@@ -346,7 +349,7 @@ class CropDataset(Dataset):
             if attempt:
                 chosen, *_ = [int(random.integers(len(self.manifest))) for random in randoms]
             try:
-                return self._crops(chosen, randoms), chosen
+                return self._crops(chosen, frames, randoms), chosen
             except UnreadableAudio as error:
                 last = error
                 if chosen not in self._reported:
@@ -360,16 +363,16 @@ class CropDataset(Dataset):
     def problem(self, item: int) -> str | None:
         """Why the crop of epoch 0 of an item cannot be read; None if it can."""
         try:
-            self._crops(item, [random_at(self.seed, CROPS, 0, item, 0)])
+            self._crops(item, self.crop_frames, [random_at(self.seed, CROPS, 0, item, 0)])
             return None
         except UnreadableAudio as error:
             return error.reason
 
-    def _crops(self, item: int, randoms: list[np.random.Generator]) -> np.ndarray:
+    def _crops(self, item: int, frames: int, randoms: list[np.random.Generator]) -> np.ndarray:
         manifest = self.manifest
         rate, length = int(manifest.sample_rate[item]), int(manifest.length[item])
-        room = num_frames(resampled_length(length, rate)) - self.crop_frames
+        room = num_frames(resampled_length(length, rate)) - frames
         firsts = [int(random.integers(room + 1)) if room > 0 else 0 for random in randoms]
         path = shards.join(self.data_folder, manifest.path(item))
         start = int(manifest.start[item])
-        return read_crops(path, firsts, self.crop_frames, rate, start, length, self.n_fft)
+        return read_crops(path, firsts, frames, rate, start, length, self.n_fft)

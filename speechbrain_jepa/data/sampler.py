@@ -3,14 +3,14 @@
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from speechbrain_jepa.data.crops import ORDER, CropDataset, Key, random_at
+from speechbrain_jepa.data.crops import DURATIONS, ORDER, Key, random_at
 from speechbrain_jepa.data.workers import LoaderAdvice, available_cpus
 
 logger = logging.getLogger(__name__)
@@ -116,6 +116,67 @@ class CropSampler(Sampler[list[Key]]):
         return np.concatenate([random.permutation(self.num_items) for _ in range(self.passes)])
 
 
+class MixedCropSampler(Sampler[list[Key]]):
+    """Batches of several durations with as many tokens each, for one encoder of all of them.
+
+    Every round has one batch of each duration, in an order that depends on (seed, epoch, round):
+    all processes take a step with the same duration, and each duration has an equal share of the
+    tokens.
+
+    Arguments
+    ---------
+    num_items : int
+    batch_size : int
+        Crops of the longest duration, per process; batches of shorter ones have as many more.
+    frames : sequence of int
+        Durations of the crops, in frames.
+    **sampling
+        seed, rank, world_size and passes of `CropSampler`.
+
+    Raises
+    ------
+    ValueError
+        If a number is out of its range, or a duration is there twice.
+
+    Example
+    -------
+    >>> sampler = MixedCropSampler(num_items=100, batch_size=4, frames=(104, 208), seed=0)
+    >>> [(len(batch), batch[0][2]) for batch in sampler][:4]
+    [(4, 208), (8, 104), (4, 208), (8, 104)]
+    """
+
+    def __init__(self, num_items: int, batch_size: int, frames: Sequence[int], **sampling):
+        if not frames or min(frames) < 1 or len(set(frames)) < len(frames):
+            raise ValueError(f"mixed_frames={list(frames)}: needs different positive durations")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: must be at least 1")
+        self.frames = tuple(frames)
+        self.sizes = [batch_size * max(frames) // own for own in frames]
+        self.rounds = CropSampler(num_items, sum(self.sizes), **sampling)
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, batches_done: int = 0) -> None:
+        """The next iteration is this epoch's, after its first `batches_done` batches."""
+        rounds, self.skipped = divmod(batches_done, len(self.frames))
+        self.rounds.set_epoch(epoch, rounds)
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch, for this process."""
+        return len(self.rounds) * len(self.frames)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        skipped = self.skipped
+        for number, keys in enumerate(self.rounds, self.rounds.batches_done):
+            random = random_at(self.rounds.seed, DURATIONS, self.rounds.epoch, number)
+            start = 0
+            for place, which in enumerate(random.permutation(len(self.frames))):
+                part = keys[start : start + self.sizes[which]]
+                start += len(part)
+                if place >= skipped:
+                    yield [(epoch, item, self.frames[which]) for epoch, item, *_ in part]
+            skipped = 0
+
+
 def _start_worker(_worker: int) -> None:
     torch.set_num_threads(1)
 
@@ -146,11 +207,11 @@ class CropLoader(DataLoader):
 
     def _batches(self):
         sampler = self.batch_sampler
+        if getattr(sampler, "crops_per_file", 1) == 1:
+            yield from super().__iter__()
+            return
         done = sampler.batches_done % sampler.crops_per_file  # of the first list, before a resume
         for batch in super().__iter__():
-            if sampler.crops_per_file == 1:
-                yield batch
-                continue
             rest = batch.split(sampler.crops_per_file)[done:]
             rest[0].failures = batch.failures
             yield from rest
@@ -158,22 +219,23 @@ class CropLoader(DataLoader):
 
 
 def crop_loader(
-    dataset: CropDataset,
-    sampler: CropSampler,
+    dataset: Dataset,
+    sampler: Iterable[list[Key]],
     num_workers: int = 0,
     prefetch_factor: int = 2,
     pin_memory: bool = False,
+    keep_workers: bool = True,
     advise_after: int | None = None,
 ) -> CropLoader:
     """A loader of `CropBatch`es.
 
-    Workers live as long as the loader; each decodes whole batches on one thread. The sampler stays
-    in the main process, so `sampler.set_epoch` holds for the next iteration.
+    Workers live as long as the loader, or one round; each decodes whole batches on one thread. The
+    sampler stays in the main process, so `sampler.set_epoch` holds for the next iteration.
 
     Arguments
     ---------
-    dataset : CropDataset
-    sampler : CropSampler
+    dataset : CropDataset, or another whose `__getitems__` takes a batch's keys
+    sampler : CropSampler, MixedCropSampler, or a list of batches of keys
     num_workers : int
         Default 0: read in the main process.
     prefetch_factor : int
@@ -181,6 +243,8 @@ def crop_loader(
         several crops of a file, lists of `crops_per_file` batches; half as many, at least 1.
     pin_memory : bool
         For CUDA devices. Default False.
+    keep_workers : bool
+        From one round to the next. Default True.
     advise_after : int or None
         Log, after so many batches (20 at least), how many workers would keep up with whoever takes
         them. None (default): do not.
@@ -190,15 +254,18 @@ def crop_loader(
     ValueError
         If dataset and sampler have different `crops_per_file`.
     """
-    if dataset.crops_per_file != sampler.crops_per_file:
+    of_dataset, of_sampler = (getattr(part, "crops_per_file", 1) for part in (dataset, sampler))
+    if of_dataset != of_sampler:
         raise ValueError(
-            f"crops_per_file={dataset.crops_per_file} of the dataset, "
-            f"{sampler.crops_per_file} of the sampler: give both the same"
+            f"crops_per_file={of_dataset} of the dataset, {of_sampler} of the sampler: give both "
+            "the same"
         )
-    if dataset.crops_per_file > 1:
+    if of_dataset > 1:
         prefetch_factor = max(prefetch_factor // 2, 1)
     workers: dict[str, Any] = dict(
-        prefetch_factor=prefetch_factor, persistent_workers=True, worker_init_fn=_start_worker
+        prefetch_factor=prefetch_factor,
+        persistent_workers=keep_workers,
+        worker_init_fn=_start_worker,
     )
     loader = CropLoader(
         dataset,

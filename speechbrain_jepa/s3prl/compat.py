@@ -2,16 +2,24 @@
 
 torchaudio 2.9 dropped audio backends, sox effects and `info`, and its `load` and `save` need
 torchcodec; huggingface_hub 1.0 dropped `HfFolder` and `Repository`; since torch 2.6, `torch.load`
-refuses the argparse.Namespace in s3prl's own checkpoints. `supply` puts in what is missing, and
-nothing where s3prl finds what it needs.
+refuses the argparse.Namespace in s3prl's own checkpoints; catalyst's last release cannot be
+installed by pip 24.1 and later. `supply` puts in what is missing, and nothing where s3prl finds
+what it needs.
 """
 
 import argparse
+import os
 import re
+import shutil
+import subprocess
 import sys
+import tempfile
 import types
 import warnings
 from functools import cache
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec, module_from_spec
+from pathlib import Path
 from typing import NamedTuple
 
 import huggingface_hub
@@ -19,6 +27,7 @@ import soundfile
 import torch
 import torchaudio
 from torch import Tensor
+from torch.utils.data import DistributedSampler
 
 NUMBER = r"[+-]?\d+(\.\d*)?"
 # libsndfile's names in torchaudio's terms
@@ -71,7 +80,24 @@ def supply() -> list[str]:
     if argparse.Namespace not in torch.serialization.get_safe_globals():
         torch.serialization.add_safe_globals([argparse.Namespace])
         supplied.append("torch.load of argparse.Namespace")
+    if find_spec("catalyst") is None:
+        catalyst, data, sampler = (
+            module_from_spec(ModuleSpec(name, None, is_package=True))
+            for name in ("catalyst", "catalyst.data", "catalyst.data.sampler")
+        )
+        sys.modules |= {module.__name__: module for module in (catalyst, data, sampler)}
+        catalyst.data, data.sampler = data, sampler  # type: ignore[attr-defined]
+        put(sampler, "DistributedSamplerWrapper", DistributedSamplerWrapper)
     return supplied
+
+
+def hide_cuda() -> None:
+    """For --device cpu: s3prl asks for GPUs that it finds, and speaker verification calls .cuda().
+
+    Call it before CUDA is used.
+    """
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor  # type: ignore[method-assign]
 
 
 def _has_torchcodec() -> bool:
@@ -154,18 +180,23 @@ def save(uri, src, sample_rate, channels_first=True, **ignored) -> None:
 def apply_effects_file(
     path, effects, normalize=True, channels_first=True, format=None
 ) -> tuple[Tensor, int]:
-    """torchaudio.sox_effects.apply_effects_file for the effects channels, rate and gain."""
+    """torchaudio.sox_effects.apply_effects_file, see `apply_effects_tensor`."""
     wav, sample_rate = load(path, channels_first=channels_first)
     return apply_effects_tensor(wav, sample_rate, effects, channels_first)
 
 
 def apply_effects_tensor(tensor, sample_rate, effects, channels_first=True) -> tuple[Tensor, int]:
-    """torchaudio.sox_effects.apply_effects_tensor for the effects channels, rate and gain.
+    """torchaudio.sox_effects.apply_effects_tensor.
+
+    The effects channels, rate and gain are computed here; a chain with any other goes through the
+    program sox.
 
     Raises
     ------
     NotImplementedError
-        For any other effect, or these with options.
+        If another effect is asked for, and there is no program sox.
+    RuntimeError
+        With what sox says, if it fails.
 
     Example
     -------
@@ -175,21 +206,75 @@ def apply_effects_tensor(tensor, sample_rate, effects, channels_first=True) -> t
     (torch.Size([1, 16000]), 16000, 0.354)
     """
     wav = tensor if channels_first else tensor.T
-    for effect in effects:
-        name, *arguments = effect
-        if name == "channels" and arguments == ["1"]:
+    if others := [effect for effect in effects if not _is_ours(*effect)]:
+        wav, sample_rate = _run_sox(wav, sample_rate, effects, others[0])
+        return wav if channels_first else wav.T, sample_rate
+    for name, argument in effects:
+        if name == "channels":
             wav = wav.mean(0, keepdim=True)
-        elif name == "rate" and len(arguments) == 1 and arguments[0].isdigit():
-            wav = torchaudio.functional.resample(wav, sample_rate, int(arguments[0]))
-            sample_rate = int(arguments[0])
-        elif name == "gain" and len(arguments) == 1 and re.fullmatch(NUMBER, arguments[0]):
-            wav = (wav * 10 ** (float(arguments[0]) / 20)).clamp(-1, 1)  # sox clips
+        elif name == "rate":
+            wav = torchaudio.functional.resample(wav, sample_rate, int(argument))
+            sample_rate = int(argument)
         else:
-            raise NotImplementedError(
-                f"sox effect {' '.join(effect)!r}: speechbrain_jepa supplies `channels 1`, `rate` "
-                "and `gain`; for others use torch 2.8 with torchaudio 2.8, and install libsox"
-            )
+            wav = (wav * 10 ** (float(argument) / 20)).clamp(-1, 1)  # sox clips
     return wav if channels_first else wav.T, sample_rate
+
+
+def _is_ours(name, *arguments) -> bool:
+    patterns = {"channels": "1", "rate": r"\d+", "gain": NUMBER}
+    pattern = patterns.get(name)
+    return pattern is not None and len(arguments) == 1 and bool(re.fullmatch(pattern, arguments[0]))
+
+
+def _run_sox(wav: Tensor, sample_rate: int, effects, missing) -> tuple[Tensor, int]:
+    """A chain of effects on [channels, samples], through the program."""
+    program = shutil.which("sox")
+    if program is None:
+        raise NotImplementedError(
+            f"sox effect {' '.join(missing)!r}: speechbrain_jepa supplies `channels 1`, `rate` and "
+            "`gain`; others need the program sox: apt install sox"
+        )
+    with tempfile.TemporaryDirectory(prefix="sox-") as folder:
+        before, after = Path(folder) / "before.wav", Path(folder) / "after.wav"
+        save(before, wav, sample_rate)
+        command = [program, "-V1", "-D", str(before), "-b", "32", "-e", "float", str(after)]
+        command += [word for effect in effects for word in effect]
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise RuntimeError(f"sox {effects} failed:\n{done.stderr}")
+        return load(after)
+
+
+# catalyst
+
+
+class DistributedSamplerWrapper(DistributedSampler):
+    """Of catalyst: each process takes its share of what another sampler draws.
+
+    Every process has to draw the same, so the sampler wants the same generator, or the same seed,
+    in all of them, as run_downstream.py sets it.
+
+    Arguments
+    ---------
+    sampler : Sampler
+        Such as torch.utils.data.WeightedRandomSampler.
+    num_replicas, rank, shuffle
+        As in torch.utils.data.DistributedSampler. `shuffle` reorders what is drawn.
+
+    Example
+    -------
+    >>> parts = [DistributedSamplerWrapper(range(10, 15), 2, rank, False) for rank in (0, 1)]
+    >>> [list(part) for part in parts]  # what is drawn, then from its beginning again
+    [[10, 12, 14], [11, 13, 10]]
+    """
+
+    def __init__(self, sampler, num_replicas=None, rank=None, shuffle=True):
+        super().__init__(sampler, num_replicas, rank, shuffle)
+        self.sampler = sampler
+
+    def __iter__(self):
+        drawn = list(self.sampler)
+        return (drawn[place] for place in super().__iter__())
 
 
 # huggingface_hub

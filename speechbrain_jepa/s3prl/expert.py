@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from speechbrain_jepa.encoder import AudioJEPA
 from speechbrain_jepa.s3prl.sources import open_source
+from speechbrain_jepa.s3prl.tasks import warn_of_coarse_step
 
 
 class UpstreamExpert(nn.Module):
@@ -48,6 +49,7 @@ class UpstreamExpert(nn.Module):
             options = {**_read_options(model_config), **options}
         with open_source(ckpt) as source:
             self.model = AudioJEPA(source, freeze=False, output_all_hiddens=True, **options)
+        warn_of_coarse_step(self.model.downsample_rate)
 
     def get_downsample_rates(self, key: str) -> int:
         """Samples of one time step, the same for every layer."""

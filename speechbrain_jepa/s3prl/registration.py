@@ -2,14 +2,22 @@
 
 `install` puts a finder at the front of `sys.meta_path`, which acts on two modules only: before
 `s3prl` runs, the compat module supplies what today's packages lack, and after `s3prl.hub` has run,
-it is given the entries.
+it is given the entries. In the processes that a script of s3prl starts it acts on `torchaudio` too:
+they read audio without importing s3prl.
 """
 
 import sys
 
 
-def install() -> None:
-    """Register the entries now, or when s3prl is imported; a second call does nothing."""
+def install(torchaudio: bool = False) -> None:
+    """Register the entries now, or when s3prl is imported; a second call does nothing.
+
+    Arguments
+    ---------
+    torchaudio : bool
+        Supply what today's packages lack as soon as torchaudio has been imported. Default False.
+    """
+    _finder.torchaudio |= torchaudio
     if "s3prl" in sys.modules:
         _supply()
     if "s3prl.hub" in sys.modules:
@@ -21,8 +29,10 @@ def install() -> None:
 class _Finder:
     """Finds s3prl through the other finders, and acts before and after it is executed."""
 
+    torchaudio = False  # whether to act on that, too
+
     def find_spec(self, name, path=None, target=None):
-        if name not in ("s3prl", "s3prl.hub"):
+        if name not in ("s3prl", "s3prl.hub") and not (self.torchaudio and name == "torchaudio"):
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
         specs = (finder.find_spec(name, path, target) for finder in others)
@@ -37,6 +47,8 @@ class _Finder:
             execute(module)
             if name == "s3prl.hub":
                 _register(module)
+            elif name == "torchaudio":
+                _supply()
 
         spec.loader.exec_module = exec_module
         return spec

@@ -15,6 +15,7 @@ from speechbrain_jepa.data import (
     CropDataset,
     CropSampler,
     Manifest,
+    MixedCropSampler,
     UnreadableAudio,
     crop_loader,
     read_crop,
@@ -618,3 +619,56 @@ def test_numbers_that_make_no_sense_are_refused(options):
     (name, value), *_ = options.items()
     with pytest.raises(ValueError, match=f"{name}={value}: must"):
         CropSampler(**{"num_items": 10, "batch_size": 2, **options})
+
+
+# --- several durations ----------------------------------------------------------------------------
+
+
+def test_rounds_have_each_duration_once_with_equal_tokens_and_every_item_once():
+    sampler = MixedCropSampler(70, batch_size=2, frames=(16, 32, 64), seed=5)
+    sampler.set_epoch(1)
+    batches = list(sampler)
+    assert len(batches) == len(sampler) == 15  # 70 items in rounds of 14
+    orders = set()
+    for start in range(0, 15, 3):
+        frames = [batch[0][2] for batch in batches[start : start + 3]]
+        assert sorted(frames) == [16, 32, 64]
+        assert [len(batch) * batch[0][2] for batch in batches[start : start + 3]] == [128] * 3
+        orders.add(tuple(frames))
+    assert len(orders) > 1  # not always in the same order
+    items = [item for batch in batches for _, item, _ in batch]
+    assert sorted(items) == list(range(70))
+    assert all(len({key[2] for key in batch}) == 1 for batch in batches)
+    sampler.set_epoch(2)
+    assert list(sampler) != batches
+
+
+@pytest.mark.parametrize("done", [0, 1, 2, 3, 7, 14])
+def test_mixed_batches_go_on_where_they_were(done):
+    sampler = MixedCropSampler(70, batch_size=2, frames=(16, 32, 64), seed=5)
+    whole = list(sampler)
+    sampler.set_epoch(0, batches_done=done)
+    assert list(sampler) == whole[done:]
+
+
+def test_ranks_have_the_same_durations_and_other_items():
+    ranks = [MixedCropSampler(70, 2, (16, 32), seed=5, rank=r, world_size=2) for r in (0, 1)]
+    first, second = map(list, ranks)
+    assert len(first) == len(second) == 2 * (70 // 12)
+    assert [batch[0][2] for batch in first] == [batch[0][2] for batch in second]
+    of = [{item for batch in batches for _, item, _ in batch} for batches in (first, second)]
+    assert not of[0] & of[1]
+
+
+def test_a_crop_of_a_keys_own_duration_is_that_of_a_dataset_of_it(tmp_path):
+    write(tmp_path / "a.wav", seconds=3)
+    manifest, _ = scan_folder(tmp_path, tmp_path / "scan", progress=False)
+    mixed, own = (CropDataset(manifest, tmp_path, frames) for frames in (208, 48))
+    batch = mixed.__getitems__([(3, 0, 48), (4, 0, 48)])
+    assert torch.equal(batch.wav, own.__getitems__([(3, 0), (4, 0)]).wav)
+
+
+@pytest.mark.parametrize("frames", [(), (0, 16), (16, 16)])
+def test_durations_that_cannot_be_are_an_error(frames):
+    with pytest.raises(ValueError, match="mixed_frames"):
+        MixedCropSampler(70, 2, frames)

@@ -1,10 +1,10 @@
 """A tiny pretrained folder, and what the tests of s3prl itself need."""
 
 import importlib.metadata
+import importlib.util
 import os
 import subprocess
 import sys
-import sysconfig
 import venv
 from pathlib import Path
 
@@ -27,12 +27,20 @@ def encoder_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def s3prl_folder():
-    """Where s3prl is installed. Its metadata are asked: tests/s3prl is importable as s3prl, too."""
-    try:
-        distribution = importlib.metadata.distribution("s3prl")
-    except importlib.metadata.PackageNotFoundError:
+    """Where the s3prl that is imported lies. Without one, tests/s3prl is importable as s3prl."""
+    spec = importlib.util.find_spec("s3prl")
+    if spec is None or spec.origin is None:
         pytest.skip("s3prl is not installed: pip install s3prl==0.4.18, or make test-s3prl")
-    return Path(distribution.locate_file("s3prl"))
+    return Path(spec.origin).parent
+
+
+@pytest.fixture(scope="session")
+def s3prl_distribution(s3prl_folder):
+    """What pip installed there: s3prl, or its fork espnet-s3prl."""
+    for distribution in importlib.metadata.distributions():
+        if Path(distribution.locate_file("s3prl/hub.py")) == s3prl_folder / "hub.py":
+            return distribution
+    return pytest.skip(f"{s3prl_folder} was not installed by pip")
 
 
 class Environment:
@@ -48,7 +56,8 @@ class Environment:
 
     def share(self, *paths) -> None:
         """What it sees: by default all of this environment's packages."""
-        here = (sysconfig.get_path("purelib"), Path(speechbrain_jepa.__file__).parents[1])
+        here = [path for path in sys.path if path.endswith("site-packages")]
+        here.append(Path(speechbrain_jepa.__file__).parents[1])
         self.shared.write_text("".join(f"{path}\n" for path in paths or here))
 
     def run(self, *arguments, cwd=None, check=True) -> subprocess.CompletedProcess:

@@ -2,6 +2,9 @@
 
 import ast
 import importlib
+import importlib.util
+import os
+import shutil
 import warnings
 import wave
 
@@ -27,7 +30,7 @@ def dotted(node):
 
 
 def names_of(tree):
-    """What a module takes from torchaudio and huggingface_hub, as dotted names."""
+    """What a module takes from other packages, as dotted names."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level == 0:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
@@ -36,24 +39,34 @@ def names_of(tree):
 
 
 def resolves(name):
+    """Whether it is a module, or an attribute of something that resolves."""
     module, *attributes = name.split(".")
     value = importlib.import_module(module)
     for attribute in attributes:
+        module = f"{module}.{attribute}"
         if not hasattr(value, attribute):
-            return False
+            try:
+                importlib.import_module(module)
+            except ImportError:
+                return False
         value = getattr(value, attribute)
     return True
 
 
 def test_every_name_that_s3prl_uses_is_there(s3prl_folder):
     compat.supply()
+    packages = ("torchaudio.", "huggingface_hub.", "catalyst.")
     used = set()
     for file in s3prl_folder.rglob("*.py"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # escapes in its strings
             tree = ast.parse(file.read_text(encoding="utf-8"))
-        used |= {n for n in names_of(tree) if n.startswith(("torchaudio.", "huggingface_hub."))}
-    assert {"torchaudio.sox_effects.apply_effects_file", "huggingface_hub.Repository"} <= used
+        used |= {n for n in names_of(tree) if n.startswith(packages)}
+    assert {
+        "torchaudio.sox_effects.apply_effects_file",
+        "huggingface_hub.Repository",
+        "catalyst.data.sampler.DistributedSamplerWrapper",
+    } <= used
     assert {name for name in used if not resolves(name)} <= NEVER
 
 
@@ -156,22 +169,83 @@ def test_gain_clips_as_sox_does():
     torch.testing.assert_close(louder, torch.tensor([[0.1 * 10**0.3, 1.0, -1.0]]))
 
 
-@pytest.mark.parametrize(
-    "effect",
-    [
-        ["silence", "1", "0.1", "0.1%", "-1", "0.1", "0.1%"],
-        ["norm"],
-        ["reverse"],
-        ["gain", "-n"],
-        ["gain", "-n", "-3"],
-        ["rate", "-v", "16000"],
-        ["channels", "3"],
-    ],
-    ids=" ".join,
-)
-def test_other_effects_are_named(effect):
-    with pytest.raises(NotImplementedError, match=f"sox effect {' '.join(effect)!r}: .*libsox"):
+OTHERS = [
+    ["silence", "1", "0.1", "0.1%", "-1", "0.1", "0.1%"],
+    ["norm"],
+    ["reverse"],
+    ["gain", "-n"],
+    ["gain", "-n", "-3"],
+    ["rate", "-v", "16000"],
+    ["channels", "3"],
+]
+
+
+@pytest.mark.parametrize("effect", OTHERS, ids=" ".join)
+def test_without_the_program_sox_other_effects_are_named(effect, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(
+        NotImplementedError, match=f"sox effect {' '.join(effect)!r}: .*apt install"
+    ):
         compat.apply_effects_tensor(torch.zeros(2, 100), 16_000, [["channels", "1"], effect])
+
+
+@pytest.fixture
+def sox():
+    """CI installs it: there it must not be missing."""
+    if shutil.which("sox") is None and not os.environ.get("CI"):
+        pytest.skip("there is no program sox: apt install sox")
+
+
+@pytest.fixture
+def two_tones():
+    """Half a second of tone, a second of silence, half a second of tone, at 8 kHz in stereo."""
+    tone = 0.5 * torch.sin(torch.arange(4_000) * 0.3)
+    return torch.cat([tone, torch.zeros(8_000), tone]).repeat(2, 1)
+
+
+def test_silence_is_cut_by_the_program(sox, two_tones, tmp_path):
+    """The chain of speaker verification, to 0.1 s: all but what is left of the silence."""
+    effects = [*EFFECTS, OTHERS[0]]
+    wav, rate = compat.apply_effects_tensor(two_tones, 8_000, effects)
+    assert rate == 16_000 and wav.shape[0] == 1 and wav.dtype == torch.float32
+    assert wav.shape[1] / rate == pytest.approx(1.1, abs=0.11)
+    assert wav.abs().max() == pytest.approx(0.5 * 10 ** (-3 / 20), rel=0.02)
+    compat.save(str(tmp_path / "a.wav"), two_tones, 8_000)
+    from_file, _ = compat.apply_effects_file(str(tmp_path / "a.wav"), effects)
+    torch.testing.assert_close(from_file, wav)
+    turned, _ = compat.apply_effects_tensor(two_tones.T, 8_000, effects, channels_first=False)
+    torch.testing.assert_close(turned, wav.T)
+
+
+def test_the_program_reverses_without_noise_of_its_own(sox, two_tones):
+    wav, rate = compat.apply_effects_tensor(two_tones, 8_000, [["reverse"]])
+    assert rate == 8_000
+    torch.testing.assert_close(wav, two_tones.flip(1), rtol=0, atol=1e-7)
+
+
+def test_what_the_program_says_is_passed_on(sox, two_tones):
+    with pytest.raises(RuntimeError, match=r"sox \[\['silence'\]\] failed:\n.*usage"):
+        compat.apply_effects_tensor(two_tones, 8_000, [["silence"]])
+
+
+def test_processes_share_what_another_sampler_draws():
+    """Against the definition: every third of what is drawn, from the first, second, third on."""
+    drawn = [3, 3, 1, 4, 0, 2, 2]
+    parts = [
+        list(compat.DistributedSamplerWrapper(drawn, 3, rank, shuffle=False)) for rank in range(3)
+    ]
+    filled = [*drawn, *drawn[:2]]  # to a multiple of three
+    assert parts == [filled[rank::3] for rank in range(3)]
+    shuffled = [n for rank in range(3) for n in compat.DistributedSamplerWrapper(drawn, 3, rank)]
+    assert len(shuffled) == 9 and set(shuffled) == set(drawn)
+    assert shuffled != [number for part in parts for number in part]
+
+
+def test_catalyst_is_where_s3prl_looks_for_it():
+    compat.supply()
+    module = importlib.import_module("catalyst.data.sampler")
+    assert module.DistributedSamplerWrapper(range(4), 2, 1, False).num_replicas == 2
+    assert importlib.util.find_spec("catalyst") is not None  # what else looks for it gets no error
 
 
 def test_a_repository_says_what_it_needs():

@@ -3,7 +3,9 @@
 The startup file is opt-in, reversible, free, and harmless wherever something is missing.
 """
 
+import numpy as np
 import pytest
+import soundfile
 
 from speechbrain_jepa.s3prl import startup
 
@@ -133,3 +135,74 @@ def test_a_script_of_a_clone(launch, s3prl_folder, tmp_path):
     script.write_bytes((s3prl_folder / script.name).read_bytes())
     shown = launch("clone/run_downstream.py", "--help", cwd=tmp_path).stdout
     assert "--upstream_trainable" in shown and "'audio_jepa_url'" in shown
+
+
+SHOW = """\
+import subprocess, sys
+import s3prl
+print(s3prl.__file__)
+code = "import s3prl.hub; print(s3prl.__file__, hasattr(s3prl.hub, 'audio_jepa'))"
+print(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
+"""
+
+
+def test_a_script_of_a_clone_uses_the_package_of_the_clone(launch, s3prl_folder, tmp_path):
+    """It has what the installed one lacks; the scripts that it starts use it, too."""
+    package = tmp_path / "clone" / "s3prl"
+    (package / "preprocess").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "hub.py").write_text("")
+    (package / "preprocess" / "show.py").write_text(SHOW)
+    init = str(package / "__init__.py")
+    for script, folder in (("preprocess/show.py", package), (package / "preprocess/show.py", "/")):
+        shown = launch(script, cwd=folder if folder != "/" else tmp_path).stdout.split()
+        assert shown == [init, init, "True"]
+    assert launch("show.py", cwd=package / "preprocess").stdout.split()[0] == init
+
+
+LENGTHS = """\
+import multiprocessing, subprocess, sys
+import torchaudio
+from joblib import Parallel, delayed
+
+def length(path):
+    torchaudio.set_audio_backend("sox_io")
+    return torchaudio.info(path).num_frames
+
+if __name__ == "__main__":
+    path = sys.argv[1]
+    print(length(path), *Parallel(n_jobs=2)(delayed(length)(path) for _ in range(2)))
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        print(*pool.map(length, [path]))
+    code = "import sys, torchaudio; print(torchaudio.info(sys.argv[1]).num_frames)"
+    subprocess.run([sys.executable, "-c", code, path])
+"""
+
+
+def test_what_is_missing_is_supplied_to_any_script_and_to_its_processes(launch, tmp_path):
+    """As preprocess/generate_len_for_bucket.py, which does not import s3prl, measures files."""
+    soundfile.write(tmp_path / "a.flac", np.zeros(1234), 16_000)
+    (tmp_path / "lengths.py").write_text(LENGTHS)
+    done = launch("lengths.py", tmp_path / "a.flac", cwd=tmp_path)
+    assert done.stdout.split() == ["1234"] * 5
+
+
+def test_another_sitecustomize_is_run_as_well(environment, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("print('mine')\n")
+    (tmp_path / "show.py").write_text(
+        "import os, subprocess, sys\n"
+        f"os.environ['PYTHONPATH'] += os.pathsep + {str(tmp_path)!r}\n"
+        "subprocess.run([sys.executable, '-c', 'import sys; "
+        "print(type(sys.meta_path[0]).__module__)'])\n"
+    )
+    done = environment.run(*LAUNCHER, "show.py", cwd=tmp_path)
+    assert done.stdout.split() == ["mine", "speechbrain_jepa.s3prl.registration"]
+
+
+def test_on_the_cpu_no_gpu_is_asked_for(launch, tmp_path):
+    (tmp_path / "show.py").write_text(
+        "import os, torch\n"
+        "print(repr(os.environ['CUDA_VISIBLE_DEVICES']), torch.zeros(3).cuda().device)\n"
+    )
+    done = launch("show.py", "--device", "cpu", cwd=tmp_path)
+    assert done.stdout.split() == ["''", "cpu"]
