@@ -36,13 +36,13 @@ BATCH = 32
 class WholeFiles(CropDataset):
     """Decodes and resamples all of a file for each crop."""
 
-    def _crop(self, item, random):
+    def _crops(self, item, randoms):
         manifest = self.manifest
         segment = (manifest.sample_rate[item], manifest.start[item], manifest.length[item])
         wav = read_segment(Path(self.data_folder, manifest.path(item)), *map(int, segment))
         samples = crop_samples(self.crop_frames)
-        start = int(random.integers(len(wav) - samples + 1))
-        return wav[start : start + samples]
+        starts = [int(random.integers(len(wav) - samples + 1)) for random in randoms]
+        return np.stack([wav[start : start + samples] for start in starts])
 
 
 def write_files(folder: Path, name: str, rate: int, count: int) -> None:

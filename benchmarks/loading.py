@@ -2,7 +2,7 @@
 
     python benchmarks/loading.py
 
-Two ways take turns, and the median of each is taken, in milliseconds of CPU time, which other work
+Two ways take turns, and the quickest of each counts, in milliseconds of CPU time, which other work
 on the machine changes little: resampling by torchaudio's convolution and by its filter without
 zeros (soxr beside them, where it is installed); a crop as it was read with the first, as it is read
 now, and as one of eight from one opening; a crop anywhere in a long mp3, and in the FLAC that
@@ -16,7 +16,6 @@ import contextlib
 import importlib.util
 import math
 import os
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -39,15 +38,15 @@ CROPS = 8
 FORMATS = {"wav": {}, "flac": {}, "mp3": {}, "ogg": {}}
 
 
-def medians(*ways, rounds: int) -> list[float]:
-    """Milliseconds of each way, which take turns."""
+def quickest(*ways, rounds: int) -> list[float]:
+    """Milliseconds of each way, which take turns: the quickest of so many rounds."""
     times: list[list[float]] = [[] for _ in ways]
     for _ in range(rounds + 1):
         for way, spent in zip(ways, times):
             began = time.process_time()
             way()
             spent.append(1000 * (time.process_time() - began))
-    return [statistics.median(spent[1:]) for spent in times]  # the first builds what is kept
+    return [min(spent[1:]) for spent in times]  # the first builds what is kept
 
 
 def noise(seconds: float, rate: int, channels: int = 1, seed: int = 0) -> np.ndarray:
@@ -68,7 +67,7 @@ def resampling(rounds: int) -> None:
             import soxr
 
             ways.append(lambda: soxr.resample(wav, rate, 16_000))  # noqa: B023
-        before, after, *other = medians(*ways, rounds=rounds)
+        before, after, *other = quickest(*ways, rounds=rounds)
         soxr_ms = f"{other[0]:.2f}" if other else "not installed"
         print(f"| {rate} Hz | {before:.2f} | {after:.2f} | {before / after:.1f} | {soxr_ms} |")
 
@@ -118,7 +117,7 @@ def reading(root: Path, rounds: int) -> None:
             def together(path=path, place=place):
                 read_crops(path, firsts, *place)  # noqa: B023
 
-            spent = medians(before, one_by_one, together, rounds=rounds)
+            spent = quickest(before, one_by_one, together, rounds=rounds)
             old, now, eight = (milliseconds / CROPS for milliseconds in spent)
             kind = f"{name}, {rate / 1000:g} kHz {'stereo' if number == 2 else 'mono'}"
             row = f"{old:.2f} | {now:.2f} | {old / now:.1f} | {eight:.2f} | {old / eight:.1f}"
@@ -152,7 +151,7 @@ def long_mp3(root: Path, minutes: float, rounds: int) -> str:
     manifest, _ = scan_folder(root / "prepared", root / "cache", progress=False)
     member = shards.join(root / "prepared", manifest.path(0))
     firsts = np.random.default_rng(0).integers(0, round(minutes * 6000) - FRAMES, CROPS).tolist()
-    before, together, after = medians(
+    before, together, after = quickest(
         lambda: [read_crop(path, first, FRAMES, rate, 0, length) for first in firsts],
         lambda: read_crops(path, firsts, FRAMES, rate, 0, length),
         lambda: [

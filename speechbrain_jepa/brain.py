@@ -351,20 +351,18 @@ class JEPABrain(sb.Brain):
         self.step = 0
         self.interval.pause()
         super()._fit_valid(self.valid_batches, epoch, enable)
-        self.stage = sb.Stage.TRAIN
         self.interval.resume()
         self.modules.train()
-        self.step = step
+        self.stage, self.step = sb.Stage.TRAIN, step
 
     def _fit_valid(self, valid_set, epoch, enable):
         """The end of an epoch: validation and a checkpoint, where they are due."""
         is_last = epoch >= self.epoch_counter.limit or self.optimizer_step >= self.total_steps
-        if self.valid_every is None or is_last:
+        meta = {"epoch": epoch, "step": self.optimizer_step}
+        if self.valid_batches is not None and (self.valid_every is None or is_last):
             self._validate(epoch, enable)
+            meta["valid_loss"] = self.valid_loss
         if self.checkpointer is not None and (self.checkpoint_every is None or is_last):
-            meta = {"epoch": epoch, "step": self.optimizer_step}
-            if self.valid_every is None or is_last:
-                meta["valid_loss"] = self.valid_loss
             self.checkpointer.save_and_keep_only(meta=meta, num_to_keep=1)
 
     def on_stage_end(self, stage, stage_loss, epoch=None):

@@ -61,8 +61,8 @@ class HearScore:
         Name of its folder.
     kind : str
         "scene" or "event".
-    step_seconds : float or None
-        Of the embeddings' time steps; None: not known.
+    step_seconds : float
+        Of the embeddings' time steps.
     metric : str
         The task's first, by which heareval chooses hyperparameters.
     test, valid : float
@@ -71,7 +71,7 @@ class HearScore:
 
     task: str
     kind: str
-    step_seconds: float | None
+    step_seconds: float
     metric: str
     test: float
     valid: float
@@ -282,9 +282,9 @@ def run(
             try:
                 metadata = json.loads((task / METADATA).read_text(encoding="utf-8"))
                 kind = metadata["embedding_type"]
-                is_fine = kind == "event" and step_seconds is not None
-                its = {**options, "step_seconds": step_seconds} if is_fine else options
-                place = out / (f"event_{step_seconds:g}" if is_fine else "own_step")
+                step = step_seconds if kind == "event" else None
+                its = options if step is None else {**options, "step_seconds": step}
+                place = out / ("own_step" if step is None else f"event_{step:g}")
                 resample_task(task, metadata["splits"])
                 embed(
                     *(MODULE, "--model", str(find_folder(model)), "--task", task.name),
@@ -293,8 +293,7 @@ def run(
                 )
                 (done,) = place.glob(f"{MODULE}*/{task.name}")
                 predict(str(done), *predict_options)
-                step = step_seconds if is_fine else own_step
-                scores.append(_score(done, task.name, kind, step))
+                scores.append(_score(done, task.name, kind, own_step if step is None else step))
             except Exception as error:
                 logger.exception("%s", task)
                 failed[task.name] = error
@@ -303,7 +302,7 @@ def run(
     return scores, failed, results
 
 
-def _score(folder: Path, task: str, kind: str, step: float | None) -> HearScore:
+def _score(folder: Path, task: str, kind: str, step: float) -> HearScore:
     scores = json.loads((folder / SCORES).read_text(encoding="utf-8"))
     metadata = json.loads((folder / METADATA).read_text(encoding="utf-8"))
     if "aggregated_scores" in scores:

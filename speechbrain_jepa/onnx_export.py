@@ -392,16 +392,15 @@ def _keep_half(proto) -> None:
     import onnx
 
     casts = []
-    for number, tensor in enumerate(proto.graph.initializer):
-        values = onnx.numpy_helper.to_array(tensor)
+    for tensor in proto.graph.initializer:
+        values, name = onnx.numpy_helper.to_array(tensor), tensor.name
         is_weight = values.dtype == np.float32 and values.size >= SMALLEST_HALF
         if not is_weight or not np.array_equal(values, values.astype(np.float16), equal_nan=True):
             continue
-        name = f"{tensor.name}.half"
-        smaller = onnx.numpy_helper.from_array(values.astype(np.float16), name)
-        proto.graph.initializer[number].CopyFrom(smaller)
+        half = onnx.numpy_helper.from_array(values.astype(np.float16), f"{name}.half")
+        tensor.CopyFrom(half)
         to = onnx.TensorProto.FLOAT
-        casts.append(onnx.helper.make_node("Cast", [name], [tensor.name], to=to))
+        casts.append(onnx.helper.make_node("Cast", [half.name], [name], to=to))
     nodes = [*casts, *proto.graph.node]
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)

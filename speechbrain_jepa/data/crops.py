@@ -156,18 +156,20 @@ def read_crops(
     needs = [(max(begin, 0), min(begin + samples, available)) for begin in begins]
     spans = _joined(needs, round(NEAR * SAMPLE_RATE))
     wavs = _read_resampled(path, spans, sample_rate, start, length)
-    crops = np.zeros((len(begins), samples), np.float32)
-    for crop, first, begin, (heard, end) in zip(crops, first_frames, begins, needs):
-        span_begin, wav = next(
+    crops = []
+    for first, begin, (heard, end) in zip(first_frames, begins, needs):
+        place, wav = next(
             (span[0], wav) for span, wav in zip(spans, wavs) if span[0] <= heard < span[1]
         )
-        wav = wav[heard - span_begin : end - span_begin]
+        wav = wav[heard - place : end - place]
         if begin < 0:
             wav = np.pad(wav, (-begin, 0), mode="reflect" if len(wav) > 1 else "edge")
-        if len(wav) < samples and num_frames(available) >= first + frames:
-            wav = np.pad(wav, (0, samples - len(wav)), mode="reflect")
-        crop[: len(wav)] = wav  # a segment shorter than a crop is followed by zeros
-    return crops
+        if len(wav) < samples:
+            is_short = num_frames(available) < first + frames
+            missing = (0, samples - len(wav))
+            wav = np.pad(wav, missing, mode="constant" if is_short else "reflect")
+        crops.append(wav)
+    return np.stack(crops)
 
 
 def _joined(needs: list[tuple[int, int]], near: int) -> list[tuple[int, int]]:

@@ -13,8 +13,8 @@ from speechbrain_jepa.features import SAMPLE_RATE
 
 LARGEST_TERM = 640  # of a ratio in lowest terms: a filter has at most 640 x 652 taps, 1.7 MB
 FILTERS_KEPT = 16  # 27 MB at most
-BLOCK = 160  # output samples of one row of the matrix products, at least
-GROUP = 16  # neighbouring output samples that are computed by one matrix product
+BLOCK = 160  # output samples of one row of the product, at least
+GROUP = 16  # neighbouring output samples that share a window
 
 
 @cache
@@ -39,13 +39,13 @@ def resampling_ratio(sample_rate: int) -> tuple[int, int]:
 
 
 class Polyphase:
-    """torchaudio's filter for one ratio, as matrix products that leave out its zeros.
+    """torchaudio's filter for one ratio, as a matrix product that leaves out most of its zeros.
 
     torchaudio convolves with `new` kernels that are each as long as a whole period of the ratio:
     475 taps from 44.1 to 16 kHz, of which a kernel has 34 that are not zero. Neighbouring outputs
-    look at nearly the same input, so 16 of them share one window of 76 samples, and each of the
-    ten groups of a period is one product [periods, 76] x [76, 16]. What comes out is torchaudio's
-    result to the rounding of float32.
+    look at nearly the same input: 16 of them share a window of 79 samples, and the ten groups of a
+    period, whose windows are 44 samples apart, are one batched product [10, periods, 79] x
+    [10, 79, 16]. What comes out is torchaudio's result to the rounding of float32.
 
     Arguments
     ---------
@@ -66,34 +66,33 @@ class Polyphase:
         self.width: int = transform.width  # samples that the filter reaches to either side
         self.old, self.new = old, new
         self.periods = -(-BLOCK // new)  # in a row
-        begins = (kernels != 0).int().argmax(1).tolist()
-        ends = [kernels.shape[1] - end for end in (kernels != 0).flip(1).int().argmax(1).tolist()]
-        self.groups: list[tuple[int, int, Tensor]] = []  # first output, first input, taps
-        for first in range(0, self.periods * new, GROUP):
-            outputs = range(first, min(first + GROUP, self.periods * new))
-            shifts = [(output // new * old, output % new) for output in outputs]
-            begin = min(shift + begins[phase] for shift, phase in shifts)
-            end = max(shift + ends[phase] for shift, phase in shifts)
-            taps = torch.zeros(end - begin, len(outputs))
-            for column, (shift, phase) in enumerate(shifts):
-                place = shift + begins[phase] - begin
-                kernel = kernels[phase, begins[phase] : ends[phase]]
-                taps[place : place + len(kernel), column] = kernel
-            self.groups.append((first, begin, taps))
+        groups = -(-self.periods * new // GROUP)
+        self.shift = round(GROUP * old / new)  # from the window of a group to that of the next
+        is_tap = (kernels != 0).int()
+        first_taps, last_taps = is_tap.argmax(1), kernels.shape[1] - 1 - is_tap.flip(1).argmax(1)
+        output = torch.arange(self.periods * new)
+        period, phase, group = output // new, output % new, output // GROUP
+        begins = period * old + first_taps[phase] - group * self.shift  # in the group's window
+        self.begin = int(begins.min())
+        size = int((period * old + last_taps[phase] - group * self.shift).max()) + 1 - self.begin
+        self.taps = torch.zeros(groups, size, GROUP)
+        for place, begin in enumerate((begins - self.begin).tolist()):
+            taps = kernels[phase[place], first_taps[phase[place]] : last_taps[phase[place]] + 1]
+            self.taps[place // GROUP, begin : begin + len(taps), place % GROUP] = taps
 
     def __call__(self, wav: Tensor, blocks: int) -> Tensor:
         """Samples [blocks * new] of wav [samples], silence before and after."""
-        rows = -(-blocks // self.periods)
-        step, out_step = self.periods * self.old, self.periods * self.new
+        groups, size, _ = self.taps.shape
+        rows, step = -(-blocks // self.periods), self.periods * self.old
+        before = max(self.width, -self.begin)
+        begin = before - self.width + self.begin
+        reach = begin + (rows - 1) * step + (groups - 1) * self.shift + size
         used = min(len(wav), rows * step + self.width)
-        reach = max(begin + len(taps) for _, begin, taps in self.groups)
-        padded = torch.zeros(max((rows - 1) * step + reach, self.width + used))
-        padded[self.width : self.width + used] = wav[:used]
-        out = torch.empty(rows, out_step)
-        for first, begin, taps in self.groups:
-            windows = padded.as_strided((rows, len(taps)), (step, 1), begin)
-            torch.mm(windows, taps, out=out[:, first : first + taps.shape[1]])
-        return out.view(-1)[: blocks * self.new]
+        padded = torch.zeros(max(reach, before + used))
+        padded[before : before + used] = wav[:used]
+        windows = padded.as_strided((groups, rows, size), (self.shift, step, 1), begin)
+        out = torch.bmm(windows, self.taps).transpose(0, 1).reshape(rows, -1)
+        return out[:, : self.periods * self.new].reshape(-1)[: blocks * self.new]
 
 
 @lru_cache(FILTERS_KEPT)
