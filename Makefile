@@ -47,6 +47,7 @@ $(VENV)/installed: setup.cfg pyproject.toml
 		"Python 3.10 to 3.12 is needed, this is %d.%d: make PYTHON=python3.11 ..." % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --editable '.[dev]'
+	$(RUN) -m pip install --quiet --no-deps heareval==2021.1.3
 	touch $@
 
 $(VENV)/s3prl/installed: setup.cfg pyproject.toml

@@ -2,6 +2,9 @@
 
 from importlib.util import find_spec
 
-NEEDS = {"speechbrain_jepa/huggingface.py": "transformers"}
+NEEDS = {
+    "speechbrain_jepa/huggingface.py": "transformers",
+    "speechbrain_jepa/mteb.py": "mteb",
+}
 
 collect_ignore = [module for module, library in NEEDS.items() if find_spec(library) is None]

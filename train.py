@@ -27,7 +27,9 @@ from speechbrain_jepa.data import (
     CropDataset,
     CropSampler,
     Manifest,
+    MixedCropSampler,
     SkippedFiles,
+    choose_workers,
     crop_loader,
     cut_segments,
     decode_once,
@@ -36,7 +38,7 @@ from speechbrain_jepa.data import (
     scan_folder,
     split_held_out,
 )
-from speechbrain_jepa.description import describe_training
+from speechbrain_jepa.description import COMMAND_FILE, command_line, describe_training
 from speechbrain_jepa.files import folder_lock, full_disk_named, write_text
 from speechbrain_jepa.recipe import resolve_recipe
 
@@ -59,36 +61,62 @@ def prepare_manifests(hparams):
         hparams["max_valid"],
         data_folder=hparams["data_folder"] or "",
         crop_frames=hparams["crop_frames"],
+        seed=hparams["seed"],
+        n_fft=hparams["n_fft"],
+        verdicts=Path(hparams["output_folder"]) / SPLIT / "verdicts.json",
+        progress=True,
     )
     cache_folder = Path(hparams["cache_folder"])
     for name, items in zip(("train", "valid"), parts):
         part = manifest.subset(items)
         if hparams["decode_once"]:
-            part = decode_once(part, hparams["data_folder"], cache_folder / "decoded", skipped)
+            kind = "float" if hparams["decode_once"] is True else hparams["decode_once"]
+            place = (hparams["data_folder"], cache_folder / "decoded", skipped)
+            part = decode_once(part, *place, kind=kind)
         if name == "valid":
             part = cut_segments(part, hparams["crop_frames"])
         part.save(Path(hparams["output_folder"]) / SPLIT / name)
 
 
 def make_loaders(hparams):
-    """Loaders of random training crops and of fixed validation crops."""
-    ranks = {"rank": get_rank(), "world_size": get_world_size()} if is_initialized() else {}
-    loaders = []
-    for name, sampling in (
-        ("train", {"passes": hparams["passes_per_epoch"], **ranks}),
-        ("valid", {"shuffle": False}),  # every process sees all of it and comes to the same rank
-    ):
-        dataset = CropDataset(
-            Manifest.load(Path(hparams["output_folder"]) / SPLIT / name),
-            hparams["data_folder"],
-            hparams["crop_frames"],
-            hparams["seed"],
-            random_crops=name == "train",
+    """Loaders of random training crops and of fixed validation crops, for this process."""
+    rank, world_size = (get_rank(), get_world_size()) if is_initialized() else (0, 1)
+    split = Path(hparams["output_folder"]) / SPLIT
+    where = (hparams["data_folder"], hparams["crop_frames"], hparams["seed"])
+    window = {"n_fft": hparams["n_fft"]}
+    on_gpu = torch.cuda.is_available()
+    workers = choose_workers(hparams["num_workers"], on_gpu)
+    options = {"num_workers": workers, "pin_memory": on_gpu}
+    sampling = (hparams["batch_size"], hparams["seed"])
+    crops = {"crops_per_file": hparams["crops_per_file"]}
+
+    train_set = CropDataset(Manifest.load(split / "train"), *where, **crops, **window)
+    ranks = {"rank": rank, "world_size": world_size, "passes": hparams["passes_per_epoch"]}
+    if hparams["mixed_frames"]:
+        check_mixed(hparams["mixed_frames"], hparams["crop_frames"], hparams["crops_per_file"])
+        sampler = MixedCropSampler(
+            len(train_set), hparams["batch_size"], hparams["mixed_frames"], hparams["seed"], **ranks
         )
-        sampler = CropSampler(len(dataset), hparams["batch_size"], hparams["seed"], **sampling)
-        workers = hparams["num_workers"] if name == "train" else min(hparams["num_workers"], 1)
-        loaders.append(crop_loader(dataset, sampler, workers, pin_memory=torch.cuda.is_available()))
-    return loaders
+    else:
+        sampler = CropSampler(len(train_set), *sampling, **ranks, **crops)
+    valid_set = CropDataset(Manifest.load(split / "valid"), *where, random_crops=False, **window)
+    batches = list(CropSampler(len(valid_set), *sampling, shuffle=False))[rank::world_size]
+    advice = {"advise_after": hparams["log_interval"]} if if_main_process() else {}
+    return (
+        crop_loader(train_set, sampler, **options, **advice),
+        crop_loader(valid_set, batches, **options, keep_workers=False),  # read once, then kept
+    )
+
+
+def check_mixed(frames, crop_frames, crops_per_file):
+    """The grid is that of the longest duration, and a file is opened for one crop."""
+    if crops_per_file > 1:
+        raise ValueError(f"crops_per_file={crops_per_file} with mixed_frames: set it to 1")
+    if max(frames) != crop_frames:
+        raise ValueError(
+            f"mixed_frames={frames} with crop_frames={crop_frames}: crop_frames must be the "
+            f"longest of them, {max(frames)}"
+        )
 
 
 @main_process_only
@@ -103,7 +131,7 @@ def find_normalization(hparams, dataset):
         return hparams["norm_mean"], hparams["norm_std"]
     normalization, features = hparams["normalization"], hparams["features"]
     sampler = CropSampler(len(dataset), 32, hparams["seed"], passes=hparams["passes_per_epoch"])
-    batches = -(-hparams["norm_crops"] // 32)
+    batches = -(-hparams["norm_crops"] // (32 * dataset.crops_per_file))
 
     def spectrograms():
         for keys, _ in zip(sampler, range(batches)):
@@ -125,6 +153,18 @@ def finish(hparams, brain):
     logger.info(f"Pretrained encoder: {pretrained}")
     if hparams.get("after_training") is not None:
         hparams["after_training"](hparams, pretrained)
+    if hparams.get("report"):
+        write_page_of_run(hparams, pretrained)
+
+
+def write_page_of_run(hparams, pretrained):
+    """report.html, where the libraries of the extra [evaluation] are installed."""
+    try:
+        from speechbrain_jepa.report import report_run
+    except ModuleNotFoundError as error:
+        logger.warning(f"No report: {error}")
+    else:
+        report_run(hparams, pretrained)
 
 
 def pretrain(hparams, recipe, run_opts):
@@ -132,12 +172,13 @@ def pretrain(hparams, recipe, run_opts):
     with full_disk_named(hparams["output_folder"]):
         sb.create_experiment_directory(hparams["output_folder"])
     run_on_main(write_text, [Path(hparams["output_folder"]) / "hyperparams.yaml", recipe])
+    run_on_main(write_text, [Path(hparams["output_folder"]) / COMMAND_FILE, command_line()])
 
     if hparams["online_probe_csv"] is not None:
         from speechbrain_jepa.evaluation.online_probe import OnlineProbe
 
         hparams["online_probe"] = OnlineProbe(
-            hparams["online_probe_csv"], hparams["online_probe_every"]
+            hparams["online_probe_csv"], hparams["online_probe_every"], hparams["read_out"]
         )
     if hparams["data_folder"] is None and hparams["train_csv"] is None:
         logger.info("No --data_folder and no --train_csv: taking the generated demo corpus")
@@ -165,6 +206,8 @@ def pretrain(hparams, recipe, run_opts):
             "encoder": hparams["encoder"],
             "normalization": hparams["normalization"],
             "training": describe_training(hparams, brain),
+            "read_out": hparams["read_out"],
+            "log_mel": hparams["features"],
         },
     )
     brain.fit(hparams["epoch_counter"], train_loader, valid_loader)

@@ -36,13 +36,13 @@ BATCH = 32
 class WholeFiles(CropDataset):
     """Decodes and resamples all of a file for each crop."""
 
-    def _crop(self, item, random):
+    def _crops(self, item, randoms):
         manifest = self.manifest
         segment = (manifest.sample_rate[item], manifest.start[item], manifest.length[item])
         wav = read_segment(Path(self.data_folder, manifest.path(item)), *map(int, segment))
         samples = crop_samples(self.crop_frames)
-        start = int(random.integers(len(wav) - samples + 1))
-        return wav[start : start + samples]
+        starts = [int(random.integers(len(wav) - samples + 1)) for random in randoms]
+        return np.stack([wav[start : start + samples] for start in starts])
 
 
 def write_files(folder: Path, name: str, rate: int, count: int) -> None:
@@ -82,7 +82,7 @@ def worker_memory(dataset: CropDataset, looks: tuple[int, ...]) -> list[list[tup
     for number in range(1, looks[-1] + 1):
         next(batches)
         if number in looks:
-            usage.append([memory_of(worker.pid) for worker in batches._workers])
+            usage.append([memory_of(worker.pid) for worker in loader._iterator._workers])
     return usage
 
 

@@ -14,6 +14,7 @@ MODULES = (
     "encoder",
     "checkpoints",
     "features",
+    "patches",
     "vit",
     "masking",
     "losses",
@@ -22,6 +23,7 @@ MODULES = (
     "jepa",
     "checkpointer",
     "brain",
+    "validation",
     "monitors",
     "hear",
 )

@@ -5,9 +5,16 @@ import sys
 from importlib.metadata import version
 
 COMMANDS = {
+    "prepare": "a corpus decoded once into tar shards, on one machine or many",
     "embed": "embeddings of audio files and folders",
-    "export": "a training run's encoder as a pretrained folder",
+    "similar": "the clips most similar to one",
+    "explore": "embeddings as a page to look at and listen to",
+    "tag": "labels of audio files and folders, by a fine-tuned classifier",
+    "report": "the page of a pretraining run",
+    "export": "a training run's encoder as a pretrained folder, any encoder as an ONNX file",
     "convert": "weights of M2D, MATPAC or the paper's released code as a pretrained folder",
+    "push": "a pretrained folder published at the Hugging Face Hub",
+    "hear": "HEAR's tasks, embedded and scored by heareval",
     "s3prl": "s3prl's scripts with audio_jepa among the upstreams",
 }
 

@@ -197,18 +197,56 @@ class Rows:
             q, k, v = (part.transpose(1, 2) for part in (q, k, v))
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.key_mask)
             return out.transpose(1, 2).flatten(-2)
-        flash = _flash_attn_module()
         if self.packed:
-            out = flash.flash_attn_varlen_func(
+            return self._flash_varlen(q, k, v, self.starts, self.shape[1]).flatten(-2)
+        return _flash_out(_flash_attn_module().flash_attn_func(q, k, v)).flatten(-2)
+
+    def attend_from(self, queries: Tensor, keys_values: Tensor, num_heads: int) -> Tensor:
+        """Attention of other tokens to these rows, each to its own clip's.
+
+        Arguments
+        ---------
+        queries : Tensor [B, Q, D]
+        keys_values : Tensor [..., 2 D]
+            Of these rows' tokens, in their layout.
+
+        Returns
+        -------
+        Tensor [B, Q, D]
+        """
+        q = queries.unflatten(-1, (num_heads, -1))
+        k, v = keys_values.unflatten(-1, (2, num_heads, -1)).unbind(-3)
+        if self.backend == "flash_attn":
+            if not self.packed:
+                return _flash_out(_flash_attn_module().flash_attn_func(q, k, v)).flatten(-2)
+            clips, length = q.shape[:2]
+            starts = length * torch.arange(clips + 1, dtype=torch.int32, device=q.device)
+            out = self._flash_varlen(q.flatten(0, 1), k, v, starts, length)
+            return out.unflatten(0, (clips, length)).flatten(-2)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        if self.backend == "sdpa":
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.key_mask)
+        else:
+            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+            scores = scores if self.key_mask is None else scores + self.key_mask
+            out = scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+        return out.transpose(1, 2).flatten(-2)
+
+    def _flash_varlen(self, q, k, v, starts: Tensor, longest: int) -> Tensor:
+        """Packed queries that begin at `starts`, packed keys and values of these rows."""
+        return _flash_out(
+            _flash_attn_module().flash_attn_varlen_func(
                 q,
                 k,
                 v,
-                cu_seqlens_q=self.starts,
+                cu_seqlens_q=starts,
                 cu_seqlens_k=self.starts,
-                max_seqlen_q=self.shape[1],
+                max_seqlen_q=longest,
                 max_seqlen_k=self.shape[1],
             )
-        else:
-            out = flash.flash_attn_func(q, k, v)
-        out = out[0] if isinstance(out, tuple) else out  # some versions return (out, lse)
-        return out.flatten(-2)
+        )
+
+
+def _flash_out(out) -> Tensor:
+    """Some versions return (out, lse)."""
+    return out[0] if isinstance(out, tuple) else out

@@ -1,6 +1,6 @@
 """The pretrained folder: how an encoder is kept, exchanged and found again.
 
-    config.json         format version, encoder, features, normalisation, how it was trained
+    config.json         what the encoder is, what an embedding reads of it, how it was trained
     model.safetensors   the encoder's parameters, float32 or (--half) float16
     hyperparams.yaml    for SpeechBrain's from_hparams; nothing here reads it
     README.md           model card
@@ -13,7 +13,6 @@ import errno
 import json
 import math
 import re
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -21,26 +20,25 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from speechbrain_jepa import features
-from speechbrain_jepa.features import Normalization
+from speechbrain_jepa.config import CONFIG, describe, read_config
+from speechbrain_jepa.features import LogMelSpectrogram, Normalization
 from speechbrain_jepa.files import whole_folder, write_text
 from speechbrain_jepa.model_card import HYPERPARAMS_TEXT, model_card
+from speechbrain_jepa.read_out import ReadOut
 from speechbrain_jepa.untrusted import (
     Weights,
     build_encoder,
     check_finite,
     checked_encoder,
+    checked_log_mel,
     checked_normalization,
-    read_json,
+    checked_read_out,
     read_safetensors,
     read_state_dict,
     short,
 )
 from speechbrain_jepa.vit import Encoder
 
-FORMAT_VERSION = 1
-MODEL_TYPE = "audio_jepa"
-CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 HYPERPARAMS = "hyperparams.yaml"
 CARD = "README.md"
@@ -54,46 +52,17 @@ ENCODERS = {"context": "context_encoder.", "target": "target_encoder."}
 WEIGHTS_FOLDER = Path(__file__).parent / "weights"  # pretrained folders that come with the package
 DEFAULT_ENCODER = "tiny"  # of them
 
-# what `LogMelSpectrogram` computes; a folder that asks for anything else cannot be loaded
-FEATURES = {
-    "sample_rate": features.SAMPLE_RATE,
-    "n_fft": features.N_FFT,
-    "hop_length": features.HOP_LENGTH,
-    "n_mels": features.N_MELS,
-    "f_min": features.F_MIN,
-    "f_max": features.F_MAX,
-    "log_offset": features.LOG_OFFSET,
-}
-
-
 # Writing
 
 
-def describe(encoder: Encoder, normalization: Normalization, training: dict) -> dict:
-    """The content of config.json.
-
-    Arguments
-    ---------
-    encoder : Encoder
-    normalization : Normalization
-    training : dict
-        How it was trained, in whatever JSON can say: data, masking, steps, ...
-
-    Returns
-    -------
-    dict
-    """
-    return {
-        "format_version": FORMAT_VERSION,
-        "model_type": MODEL_TYPE,
-        "encoder": {"grid": asdict(encoder.grid), **encoder.config},
-        "features": FEATURES,
-        "normalization": {"mean": normalization.mean.item(), "std": normalization.std.item()},
-        "training": training,
-    }
-
-
-def write_config(path, encoder: Encoder, normalization: Normalization, training: dict) -> None:
+def write_config(
+    path,
+    encoder: Encoder,
+    normalization: Normalization,
+    training: dict,
+    read_out: ReadOut | None = None,
+    log_mel: LogMelSpectrogram | None = None,
+) -> None:
     """Write the content of config.json to `path`, all at once.
 
     Training writes it to `<output_folder>/encoder_config.json` before the first step, which makes
@@ -103,16 +72,21 @@ def write_config(path, encoder: Encoder, normalization: Normalization, training:
     ---------
     path : str or Path
         Of the file.
-    encoder, normalization, training
-        See `describe`.
+    encoder, normalization, training, read_out, log_mel
+        See `speechbrain_jepa.config.describe`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, _json(describe(encoder, normalization, training)))
+    write_text(path, _json(describe(encoder, normalization, training, read_out, log_mel)))
 
 
 def save_pretrained(
-    folder, encoder: Encoder, normalization: Normalization, training: dict | None = None
+    folder,
+    encoder: Encoder,
+    normalization: Normalization,
+    training: dict | None = None,
+    read_out: ReadOut | None = None,
+    log_mel: LogMelSpectrogram | None = None,
 ) -> Path:
     """Write a pretrained folder.
 
@@ -125,7 +99,9 @@ def save_pretrained(
     encoder : Encoder
     normalization : Normalization
     training : dict or None
-        See `describe`.
+    read_out : ReadOut or None
+    log_mel : LogMelSpectrogram or None
+        See `speechbrain_jepa.config.describe`.
 
     Returns
     -------
@@ -157,10 +133,18 @@ def save_pretrained(
     (65, {'steps': 0})
     """
     check_finite(encoder, folder)
-    return _write_folder(folder, describe(encoder, normalization, training or {}), encoder)
+    config = describe(encoder, normalization, training or {}, read_out, log_mel)
+    return _write_folder(folder, config, encoder)
 
 
-def export_experiment(experiment_folder, out, which: str = "context", half: bool = False) -> Path:
+def export_experiment(
+    experiment_folder,
+    out,
+    which: str = "context",
+    half: bool = False,
+    layers=None,
+    pooling: str | None = None,
+) -> Path:
     """Write the newest checkpoint of an experiment as a pretrained folder.
 
     Arguments
@@ -174,6 +158,8 @@ def export_experiment(experiment_folder, out, which: str = "context", half: bool
     half : bool
         Write the parameters as float16: half the size. They are float32 again when loaded.
         Default False.
+    layers, pooling
+        Of `ReadOut`: what `AudioJEPA.embed` is to read. None: as the training run has it.
 
     Returns
     -------
@@ -182,6 +168,9 @@ def export_experiment(experiment_folder, out, which: str = "context", half: bool
     """
     config, path, weights = _read_experiment(Path(experiment_folder), which)
     encoder, _ = _build(config, path, weights)  # what cannot be loaded is not exported
+    read_out = ReadOut(**config["embedding"]).chosen(layers, pooling)
+    read_out.numbers(1 + len(encoder.blocks))
+    config = {**config, "embedding": read_out.describe()}
     return _write_folder(out, config, encoder, torch.float16 if half else torch.float32)
 
 
@@ -317,11 +306,8 @@ def find_folder(source, save_path=None, **hub_options) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(
-            snapshot_download(
-                str(source), cache_dir=save_path, allow_patterns=[CONFIG, WEIGHTS], **hub_options
-            )
-        )
+        hub_options = {"allow_patterns": [CONFIG, WEIGHTS], **hub_options}
+        return Path(snapshot_download(str(source), cache_dir=save_path, **hub_options))
     except (OSError, HFValidationError) as error:
         raise FileNotFoundError(
             f"{source}: no such folder, and as a Hugging Face repo id it could not be "
@@ -338,30 +324,7 @@ def _read_folder(folder: Path) -> tuple[dict, Path, Weights]:
                 f"{folder} has no {name}: a pretrained folder has {CONFIG} and {WEIGHTS}, an "
                 f"experiment folder {EXPERIMENT_CONFIG}"
             )
-    return _read_config(folder / CONFIG), folder / CONFIG, read_safetensors(folder / WEIGHTS)
-
-
-def _read_config(path: Path) -> dict:
-    """config.json, as far as this version understands it."""
-    config = read_json(path)
-    if "format_version" not in config:
-        raise ValueError(f"{path} has no format_version: it is not the config of an encoder")
-    if config["format_version"] != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format_version {short(config['format_version'])}, this version of "
-            f"speechbrain-jepa reads {FORMAT_VERSION}: update the package, or export again"
-        )
-    config = {"training": {}, **config}
-    for section in ("encoder", "features", "normalization", "training"):
-        if not isinstance(config.get(section), dict):
-            raise ValueError(f"{path} has no {section!r} section: export or download it again")
-    for name, value in FEATURES.items():
-        if config["features"].get(name) != value:
-            raise ValueError(
-                f"{path} asks for features with {name}={short(config['features'].get(name))}; "
-                f"this version of speechbrain-jepa computes {value!r} only"
-            )
-    return config
+    return read_config(folder / CONFIG), folder / CONFIG, read_safetensors(folder / WEIGHTS)
 
 
 def _build(config: dict, path: Path, weights: Weights) -> tuple[Encoder, Normalization]:
@@ -369,6 +332,8 @@ def _build(config: dict, path: Path, weights: Weights) -> tuple[Encoder, Normali
     try:
         checked_encoder(config["encoder"])
         normalization = checked_normalization(config["normalization"])
+        checked_log_mel(config["features"], config["encoder"]["grid"]["bands"])
+        checked_read_out(config["embedding"], config["encoder"]["depth"])
     except ValueError as error:
         raise ValueError(f"{path}: the config describes no encoder ({error})") from error
     return build_encoder(config["encoder"], weights), normalization
@@ -383,7 +348,7 @@ def _read_experiment(folder: Path, which: str) -> tuple[dict, Path, Weights]:
         raise FileNotFoundError(
             f"{folder} has no {EXPERIMENT_CONFIG}: it is not the output_folder of a training run"
         )
-    config = _read_config(path)
+    config = read_config(path)
     checkpoint, meta = newest_checkpoint(folder)
     weights = read_state_dict(checkpoint / EXPERIMENT_STATE, ENCODERS[which])
     facts = {name: value for name, value in meta.items() if _is_finite(value)}

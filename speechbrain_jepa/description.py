@@ -1,6 +1,9 @@
 """What config.json and the model card say of a training run: what ran, not what was asked for."""
 
 import inspect
+import os
+import shlex
+import sys
 
 RUN_OPTIONS = (  # of SpeechBrain's, those that change what is learned
     "precision",
@@ -12,6 +15,7 @@ RUN_OPTIONS = (  # of SpeechBrain's, those that change what is learned
     "remove_vector_weight_decay",
 )
 PLACES = ("data_folder", "train_csv", "output_folder", "save_folder", "cache_folder")
+COMMAND_FILE = "command.txt"  # in the output folder
 PLAIN = (str, int, float, bool, type(None))
 
 
@@ -32,6 +36,13 @@ def describe_object(thing) -> dict:
         if isinstance(value, str | int | float | bool | list):
             settings[name] = value
     return settings
+
+
+def _is_plain(value) -> bool:
+    """A value that JSON has, or a list of such."""
+    if isinstance(value, list):
+        return all(isinstance(item, PLAIN) for item in value)
+    return isinstance(value, PLAIN)
 
 
 def describe_training(hparams: dict, brain) -> dict:
@@ -58,7 +69,7 @@ def describe_training(hparams: dict, brain) -> dict:
     plain = {
         name: value
         for name, value in hparams.items()
-        if isinstance(value, PLAIN) and not name.startswith("_") and name not in PLACES
+        if _is_plain(value) and not name.startswith("_") and name not in PLACES
     }
     return {
         **{name: describe_object(thing) for name, thing in objects.items() if thing is not None},
@@ -67,3 +78,13 @@ def describe_training(hparams: dict, brain) -> dict:
         **plain,
         **{name: getattr(brain, name) for name in RUN_OPTIONS},
     }
+
+
+def command_line() -> str:
+    """The command that this process was started with, by torchrun where it is one of several."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    program = "python" if processes == 1 else f"torchrun --nproc_per_node={here}"
+    if processes > here:
+        program += f" --nnodes={processes // here}"
+    return f"{program} {shlex.join(sys.argv)}\n"

@@ -13,7 +13,6 @@ describes what is written.
 """
 
 import argparse
-import hashlib
 import json
 import shutil
 import time
@@ -27,12 +26,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from speechbrain_jepa.checkpoints import DEFAULT_ENCODER
 from speechbrain_jepa.data.clips import BATCH_SECONDS, find_audio, read_clips
 from speechbrain_jepa.data.skipped import SkippedFiles, csv_line
+from speechbrain_jepa.embedded import FORMATS, fingerprint, write_settings
 from speechbrain_jepa.encoder import NORMALIZATIONS, AudioJEPA
 from speechbrain_jepa.files import FolderInUse, folder_lock, whole_file, write_text
+from speechbrain_jepa.read_out import add_read_out
 
-FORMATS = (".npz", ".npy", ".csv")
 LEVELS = ("clip", "frame")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 PART_BYTES = 64e6  # a part is put on the disk when it has grown to this size
@@ -229,15 +230,6 @@ def _state(path: Path) -> str:
     return json.dumps([stat.st_size, stat.st_mtime_ns])
 
 
-def _fingerprint(model: AudioJEPA) -> str:
-    """Of the encoder's parameters."""
-    digest = hashlib.sha256()
-    for name, tensor in model.encoder.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().numpy())
-    return digest.hexdigest()[:16]
-
-
 def embed_files(
     model: AudioJEPA,
     files: list[str],
@@ -247,6 +239,7 @@ def embed_files(
     batch_seconds: float = BATCH_SECONDS,
     num_workers: int = 2,
     progress: bool = True,
+    source: str | None = None,
 ) -> tuple[list[str], SkippedFiles]:
     """Embed files into one output file; an interrupted call is continued by the same call.
 
@@ -266,6 +259,8 @@ def embed_files(
         See `speechbrain_jepa.data.clips.read_clips`.
     progress : bool
         Show a progress bar. Default True.
+    source : str or None
+        What the model was loaded from, noted beside the output. Default None: unknown.
 
     Returns
     -------
@@ -291,15 +286,19 @@ def embed_files(
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r}: choose one of {', '.join(PRECISIONS)}")
     if model.output_all_hiddens:
-        raise ValueError("embed_files writes one layer: load AudioJEPA without output_all_hiddens")
+        raise ValueError(
+            "embed_files writes one vector: load AudioJEPA with layers, not output_all_hiddens"
+        )
     plan = {
         "level": level,
         "precision": precision,
         "flat": model.flat,
         "output_norm": model.output_norm,
+        "layers": model.embed_layers if level == "clip" else model.step_layers,
+        "pooling": model.read_out.pooling if level == "clip" else None,
         "normalization": model.normalize,
         "step_seconds": model.step_seconds,
-        "encoder": _fingerprint(model),
+        "encoder": fingerprint(model),
     }
     out = Path(out)
     if out.suffix not in FORMATS:
@@ -332,6 +331,7 @@ def embed_files(
             num_workers,
             progress,
         )
+        write_settings(out, {**plan, "source": source}, model)
         times = (lambda steps: model.timestamps(steps).numpy()) if level == "frame" else None
         return embeddings.finish(files, times), skipped
 
@@ -402,6 +402,7 @@ def main(arguments=None) -> None:
     add("audio", nargs="*", help="audio files, and folders to search")
     add("--out", required=True, help="output file: .npz, .npy or .csv")
     add("--level", choices=LEVELS, default="clip", help="one embedding a file or a time step")
+    add_read_out(parser, "as the encoder's config.json says; the last with --level frame")
     add("--step", type=float, help="seconds of a time step, finer than the encoder's own")
     add("--flat", action="store_true", help="average frequency patches, not concatenate")
     add("--normalization", choices=NORMALIZATIONS, default="pretraining")
@@ -416,6 +417,8 @@ def main(arguments=None) -> None:
         files = find_audio(options.audio)
         model = AudioJEPA(
             options.encoder,
+            layers=options.layers,
+            pooling=options.pooling,
             flat=options.flat,
             normalization=options.normalization,
             step_seconds=options.step,
@@ -429,6 +432,7 @@ def main(arguments=None) -> None:
             options.precision,
             options.batch_seconds,
             options.num_workers,
+            source=options.encoder or DEFAULT_ENCODER,
         )
     except (OSError, ValueError, FolderInUse) as error:
         raise SystemExit(f"embed: {error}") from error

@@ -1,7 +1,7 @@
 """AudioJEPA: waveforms in, embeddings out, in place of SpeechBrain's Wav2Vec2.
 
 Shapes: B clips, K shifts, W windows of all of them, F frequency and T time patches, D dims,
-L = 1 + depth layers; C = F * D dims of a time step, or D with `flat`.
+L = 1 + depth layers, R of them read; C = F * D dims of a time step in one layer, or D with `flat`.
 
 A clip of n samples has T = ceil(n / downsample_rate) time steps. It is cut into windows of the
 training length (`speechbrain_jepa.windows`), each encoded on its own, so that nothing of its
@@ -10,9 +10,7 @@ interleaved.
 """
 
 import copy
-import logging
 import math
-import os
 from collections.abc import Iterator
 from functools import partial
 
@@ -22,7 +20,16 @@ from torch.utils.checkpoint import checkpoint
 
 from speechbrain_jepa.attention import check_attention
 from speechbrain_jepa.checkpoints import load_pretrained, save_pretrained
+from speechbrain_jepa.config import log_mel_of
 from speechbrain_jepa.features import HOP_LENGTH, SAMPLE_RATE, LogMelSpectrogram
+from speechbrain_jepa.read_out import (
+    ReadOut,
+    normalized,
+    normalized_steps,
+    pooled,
+    side_by_side,
+    step_statistics,
+)
 from speechbrain_jepa.windows import (
     WindowBatch,
     Windows,
@@ -31,10 +38,7 @@ from speechbrain_jepa.windows import (
     lead_frames,
 )
 
-logger = logging.getLogger(__name__)
-
 NORMALIZATIONS = ("pretraining", "dataset", "instance")
-OUTPUT_NORM_EPS = 1e-5  # as in torch's layer norm
 INSTANCE_STD_FLOOR = 1e-5  # for clips of constant sound
 # arguments of SpeechBrain's Hugging Face interfaces that mean nothing here
 IGNORED = frozenset(
@@ -58,9 +62,9 @@ class AudioJEPA(nn.Module):
 
     Arguments
     ---------
-    source : str, Path, None, or (Encoder, Normalization)
+    source : str, Path, None, or (Encoder, Normalization[, LogMelSpectrogram])
         A pretrained folder, an experiment folder with checkpoints, a Hugging Face repo id, the
-        name of an encoder that comes with the package, or the two in memory, which are copied.
+        name of an encoder that comes with the package, or its parts in memory, which are copied.
         Default None: the package's "tiny".
     save_path : str or Path or None
         Where a Hugging Face repo is cached. Default: huggingface_hub's own cache.
@@ -73,7 +77,14 @@ class AudioJEPA(nn.Module):
     apply_spec_augment : bool
         Accepted, has no effect: augment the waveform. Default False.
     output_all_hiddens : bool
-        Give what enters the first layer and leaves each. Default False.
+        Give what enters the first layer and leaves each, one by one. Default False.
+    layers : str or sequence of int, or None
+        Whose outputs are read, side by side (see `ReadOut`): "last", "all", or numbers from 0, the
+        patch embedding. Default None: for `forward` the last; for `embed` what the folder's
+        config.json says, else the last.
+    pooling : str or None
+        Of a clip's time steps in `embed`: "mean", or "mean_std", their deviation beside it. Default
+        None: what config.json says, else (and with `output_all_hiddens`) the mean.
     freeze_layers : int
         With freeze=False: keep the patch embedding and so many first layers. Default 0.
     flat : bool
@@ -118,6 +129,9 @@ class AudioJEPA(nn.Module):
     torch.Size([2, 19, 240])
     >>> model.embed(wav, wav_lens).shape
     torch.Size([2, 240])
+    >>> model = AudioJEPA((encoder, Normalization(-7.06, 4.19)), layers="all", pooling="mean_std")
+    >>> model.embed(wav, wav_lens).shape  # 3 layers, mean and deviation
+    torch.Size([2, 1440])
     >>> model = AudioJEPA((encoder, Normalization(-7.06, 4.19)), step_seconds=0.04)
     >>> model(wav, wav_lens).shape  # 48000 / 640
     torch.Size([2, 75, 240])
@@ -133,6 +147,8 @@ class AudioJEPA(nn.Module):
         apply_spec_augment=False,
         output_all_hiddens=False,
         *,
+        layers=None,
+        pooling=None,
         freeze_layers=0,
         flat=False,
         normalization="pretraining",
@@ -154,11 +170,19 @@ class AudioJEPA(nn.Module):
         if max_windows_per_batch < 1:
             raise ValueError(f"max_windows_per_batch={max_windows_per_batch}: use at least 1")
         if isinstance(source, tuple):
-            self.encoder, self.normalization = copy.deepcopy(source)
+            self.encoder, self.normalization, *log_mel = copy.deepcopy(source)
             self.description = {"training": {}}
+            self.features = (*log_mel, LogMelSpectrogram(n_mels=self.encoder.grid.bands))[0]
         else:
             self.encoder, self.normalization, self.description = load_pretrained(source, save_path)
-        self.features = LogMelSpectrogram()
+            self.features = log_mel_of(self.description)
+        self.num_layers = 1 + len(self.encoder.blocks)  # L: outputs with `output_all_hiddens`
+        stored = ReadOut(**self.description.get("embedding", {}))
+        self.read_out = stored.chosen(layers, pooling, output_all_hiddens)  # of `embed`
+        self.embed_layers = self.read_out.numbers(self.num_layers)
+        self.step_layers = (
+            ReadOut().chosen(layers, None, output_all_hiddens).numbers(self.num_layers)
+        )
         self.shifts = count_shifts(self.encoder.grid, step_seconds)
         self.output_norm = output_norm
         self.output_all_hiddens = output_all_hiddens
@@ -215,14 +239,18 @@ class AudioJEPA(nn.Module):
         """Duration of one time step."""
         return self.downsample_rate / SAMPLE_RATE
 
-    @property
-    def num_layers(self) -> int:
-        """L: outputs with `output_all_hiddens`."""
-        return 1 + len(self.encoder.blocks)
-
     def get_output_dim(self) -> int:
-        """C: F * D, or D with `flat`."""
-        return self.encoder.dim * (1 if self.flat else self.encoder.grid.frequency_patches)
+        """Dims of a time step: R * C, or C with `output_all_hiddens`."""
+        return self._dims(self.step_layers)
+
+    @property
+    def embedding_dim(self) -> int:
+        """Dims of what `embed` gives: as of a time step of what it reads, or twice that."""
+        return self._dims(self.embed_layers) * self.read_out.statistics
+
+    def _dims(self, layers: list[int]) -> int:
+        patches = 1 if self.flat else self.encoder.grid.frequency_patches
+        return self.encoder.dim * patches * (1 if self.output_all_hiddens else len(layers))
 
     def num_steps(self, samples):
         """T: time steps of a clip of so many samples (int or integer Tensor)."""
@@ -257,7 +285,7 @@ class AudioJEPA(nn.Module):
 
         Returns
         -------
-        Tensor [B, T, C], or [L, B, T, C] with `output_all_hiddens`
+        Tensor [B, T, R * C], or [L, B, T, C] with `output_all_hiddens`
             T is that of the whole batch. Time steps past a clip's own are zeros.
 
         Raises
@@ -267,14 +295,15 @@ class AudioJEPA(nn.Module):
         """
         with self._grad_mode():
             clips = self._cut(wav, wav_lens)
-            out = self._over_windows(clips, lambda steps: steps, clips.longest)
+            out = self._over_windows(clips, self.step_layers, lambda steps, _: steps, clips.longest)
             shifts = out.unflatten(-3, (self.shifts, -1)).flatten(-3, -2)  # [..., B, K, T', C]
             out = shifts.transpose(-3, -2).flatten(-3, -2)  # step K * m + i is patch m of shift i
             out = out[..., : clips.num_steps, :].contiguous()
-            return self._normalize(out, clips.steps) if self.output_norm else out
+            out = normalized_steps(out, clips.steps) if self.output_norm else out
+            return out if self.output_all_hiddens else side_by_side(out)
 
     def embed(self, wav: Tensor, wav_lens: Tensor | None = None) -> Tensor:
-        """The mean of `forward`'s output over each clip's own time steps.
+        """One vector for each clip: its own time steps pooled, in the layers that are read.
 
         The time steps are added up window by window, so that the memory for hours of audio is
         that of the audio itself.
@@ -286,19 +315,17 @@ class AudioJEPA(nn.Module):
 
         Returns
         -------
-        Tensor [B, C], or [L, B, C] with `output_all_hiddens`, float32
+        Tensor [B, `embedding_dim`], or [L, B, `embedding_dim`] with `output_all_hiddens`, float32
+            Layer by layer; the deviations of a layer behind its means.
         """
         with self._grad_mode():
             clips = self._cut(wav, wav_lens)
-            sums = self._over_windows(clips, _step_sums, steps=1).sum((-3, -2))
-            sums = sums / clips.steps.to(wav.device)[:, None]
-            mean, square = sums[..., :-1], sums[..., -1:]
+            windows = self._over_windows(clips, self.embed_layers, step_statistics, steps=1)
+            mean, variance = pooled(windows.squeeze(-2))
             if self.output_norm:
-                # normalising is one affine map for all time steps: it can be applied to their mean
-                center = mean.mean(-1, keepdim=True)
-                variance = square / mean.shape[-1] - center.square()
-                mean = (mean - center) * (variance + OUTPUT_NORM_EPS).rsqrt()
-            return mean
+                mean, variance = normalized(mean, variance)
+            rows = self.read_out.joined(mean, variance)
+            return rows if self.output_all_hiddens else side_by_side(rows)
 
     # Normalisation
 
@@ -328,9 +355,11 @@ class AudioJEPA(nn.Module):
         FileNotFoundError, ValueError
             If there is no clip to measure on, or all are constant.
         """
+        from speechbrain_jepa.data.clips import waveforms  # not needed without this
+
         count = total = squares = 0.0
         seen = 0
-        for wav, wav_lens in _batches(source, max_clips, num_workers):
+        for wav, wav_lens in waveforms(source, max_clips, num_workers):
             # the pair is the same for any step, and costs the same
             clips = self._cut(wav.to(self.normalization.mean.device), wav_lens, shifts=1)
             sums = clips.log_mel_sums(self.features).sum(1).tolist()
@@ -347,8 +376,10 @@ class AudioJEPA(nn.Module):
     def save_pretrained(self, folder):
         """Write the encoder as it is now, after fine-tuning say, as a pretrained folder."""
         self._check_fitted()
-        training = self.description["training"]
-        return save_pretrained(folder, self.encoder, self.normalization, training)
+        training, stored = self.description["training"], self.description.get("embedding", {})
+        read_out = ReadOut(**stored) if self.output_all_hiddens else self.read_out
+        parts = (self.encoder, self.normalization, training, read_out, self.features)
+        return save_pretrained(folder, *parts)
 
     @property
     def is_fitted(self) -> bool:
@@ -368,8 +399,8 @@ class AudioJEPA(nn.Module):
         return torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze)
 
     def _cut(self, wav: Tensor, wav_lens: Tensor | None, shifts: int | None = None) -> Windows:
-        grid, shifts = self.encoder.grid, shifts or self.shifts
-        return cut_into_windows(wav, wav_lens, grid, self.max_windows_per_batch, shifts)
+        grid, limit, n_fft = self.encoder.grid, self.max_windows_per_batch, self.features.n_fft
+        return cut_into_windows(wav, wav_lens, grid, limit, shifts or self.shifts, n_fft)
 
     def _spectrograms(self, clips: Windows) -> Iterator[tuple[WindowBatch, Tensor]]:
         """Windows of similar length with their normalised spectrogram."""
@@ -386,22 +417,25 @@ class AudioJEPA(nn.Module):
         for windows, log_mel, _ in clips.log_mels(self.features):
             yield windows, self.normalization(log_mel)
 
-    def _over_windows(self, clips: Windows, reduce, steps: int) -> Tensor:
-        """`reduce` of every window's output [..., W, T', C], at most `steps` long, at its place.
+    def _over_windows(self, clips: Windows, layers: list[int], reduce, steps: int) -> Tensor:
+        """`reduce` of every window's output [R, W, T', C], at most `steps` long, at its place.
 
-        Returns [..., B, K * windows, steps, what `reduce` leaves of C], zeros where there is
+        Returns [R, B, K * windows, steps, what `reduce` leaves of C], zeros where there is
         nothing.
         """
+        only_last = layers == [self.num_layers - 1]
         frequency_patches = self.encoder.grid.frequency_patches
         out: Tensor | None = None
         for windows, spectrogram in self._spectrograms(clips):
-            valid = None
+            valid = present = None
             if windows.ragged:
                 present = torch.arange(windows.longest) < windows.patches[:, None]
-                valid = present.repeat(1, frequency_patches).to(spectrogram.device)
-            tokens = self.encoder(spectrogram, valid=valid, all_layers=self.output_all_hiddens)
+                present = present.to(spectrogram.device)
+                valid = present.repeat(1, frequency_patches)
+            tokens = self._encode(windows, spectrogram, valid, all_layers=not only_last)
+            tokens = tokens[None] if only_last else tokens[layers]
             tokens = tokens.unflatten(-2, (frequency_patches, -1)).transpose(-3, -2)
-            value = reduce(tokens.mean(-2) if self.flat else tokens.flatten(-2))
+            value = reduce(tokens.mean(-2) if self.flat else tokens.flatten(-2), present)
             if out is None:
                 rows = self.shifts * clips.per_shift
                 shape = (len(clips.samples), rows, steps, value.shape[-1])
@@ -412,35 +446,5 @@ class AudioJEPA(nn.Module):
         assert out is not None  # a batch has a clip, and a clip a window
         return out
 
-    def _normalize(self, out: Tensor, steps: Tensor) -> Tensor:
-        """Layer norm of [..., B, T, C] over each clip's own time steps and features."""
-        own = (torch.arange(out.shape[-2]) < steps[:, None]).to(out.device)[..., None]
-        count = (steps * out.shape[-1]).to(out.device)[:, None, None]
-        values = out.float()
-        centered = (values - values.sum((-2, -1), keepdim=True) / count) * own
-        variance = centered.square().sum((-2, -1), keepdim=True) / count
-        return (centered * (variance + OUTPUT_NORM_EPS).rsqrt()).to(out.dtype)
-
-
-def _batches(source, max_clips: int, num_workers: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Pairs of waveforms and wav_lens from whatever `fit_normalization` takes."""
-    if isinstance(source, str | os.PathLike):
-        source = [source]
-    if isinstance(source, list | tuple) and isinstance(source[0], str | os.PathLike):
-        from speechbrain_jepa.data.clips import find_audio, read_clips  # not needed without files
-
-        files = find_audio(source)
-        files = files[:: math.ceil(len(files) / max_clips)]
-        for batch in read_clips(files, num_workers=num_workers, on_failure=logger.warning):
-            yield batch.wav, batch.wav_lens
-        return
-    for batch in source:
-        yield tuple(batch) if isinstance(batch, tuple | list) else (batch, None)
-
-
-def _step_sums(steps: Tensor) -> Tensor:
-    """[..., T, C] to [..., 1, C + 1]: the sum of the time steps, and of all their squares."""
-    steps = steps.float()
-    total = steps.sum(-2, keepdim=True)
-    squares = steps.square().sum((-2, -1)).unflatten(-1, (-1, 1, 1))
-    return torch.cat([total, squares], -1)
+    def _encode(self, windows: WindowBatch, spectrogram: Tensor, valid, all_layers: bool) -> Tensor:
+        return self.encoder(spectrogram, valid=valid, all_layers=all_layers)

@@ -1,4 +1,5 @@
-"""Log-mel spectrograms, exactly as M2D and the paper compute them, and their normalisation."""
+"""Log-mel spectrograms, as M2D and the paper compute them unless asked for others; their
+normalisation."""
 
 import math
 
@@ -6,23 +7,23 @@ import torch
 from torch import Tensor, nn
 
 SAMPLE_RATE = 16_000  # Hz
-N_FFT = 400  # samples: the window and the transform, 25 ms
-MARGIN = N_FFT // 2  # samples that a frame needs on each side of its centre
+N_FFT = 400  # samples: the window and the transform, 25 ms, unless asked for another
 HOP_LENGTH = 160  # samples between frames, 10 ms: 100 frames a second
-N_MELS = 80  # bands
+N_MELS = 80  # bands, unless asked for others
 F_MIN, F_MAX = 50.0, 8_000.0  # Hz
+MAX_N_FFT, MAX_N_MELS = 2**14, 512  # of any front end
 LOG_OFFSET = torch.finfo(torch.float32).eps  # added to the mel power before the logarithm
 
 
-def crop_samples(frames: int) -> int:
-    """Samples that `frames` frames need when the first one is centred at sample N_FFT // 2.
+def crop_samples(frames: int, n_fft: int = N_FFT) -> int:
+    """Samples that `frames` frames need when the first one is centred at sample n_fft // 2.
 
     Example
     -------
     >>> crop_samples(208)
     33520
     """
-    return (frames - 1) * HOP_LENGTH + N_FFT
+    return (frames - 1) * HOP_LENGTH + n_fft
 
 
 def num_frames(samples: int) -> int:
@@ -36,8 +37,8 @@ def num_frames(samples: int) -> int:
     return samples // HOP_LENGTH + 1
 
 
-def mel_filterbank() -> Tensor:
-    """Slaney's triangles with Slaney's area norm [80, 201], worked out in float64.
+def mel_filterbank(n_mels: int = N_MELS, n_fft: int = N_FFT) -> Tensor:
+    """Slaney's triangles with Slaney's area norm [n_mels, n_fft / 2 + 1], worked out in float64.
 
     Why not torchaudio.functional.melscale_fbanks: it works in float32, which costs up to 1.5e-4 in
     the log-mel of real audio; to librosa's filterbank, which M2D uses, this one is equal to 1e-6.
@@ -53,11 +54,11 @@ def mel_filterbank() -> Tensor:
     def to_mel(hz):
         return hz * 3 / 200 if hz < knee_hz else knee_mel + mel_per_log * math.log(hz / knee_hz)
 
-    mel = torch.linspace(to_mel(F_MIN), to_mel(F_MAX), N_MELS + 2, dtype=torch.float64)
+    mel = torch.linspace(to_mel(F_MIN), to_mel(F_MAX), n_mels + 2, dtype=torch.float64)
     logarithmic = knee_hz * ((mel - knee_mel) / mel_per_log).exp()
     hz = torch.where(mel < knee_mel, mel * 200 / 3, logarithmic)[:, None]
     lower, center, upper = hz[:-2], hz[1:-1], hz[2:]
-    bins = torch.linspace(0, SAMPLE_RATE / 2, N_FFT // 2 + 1, dtype=torch.float64)
+    bins = torch.linspace(0, SAMPLE_RATE / 2, n_fft // 2 + 1, dtype=torch.float64)
     rising, falling = (bins - lower) / (center - lower), (upper - bins) / (upper - center)
     return (torch.minimum(rising, falling).clamp(min=0) * 2 / (upper - lower)).float()
 
@@ -68,6 +69,19 @@ class LogMelSpectrogram(nn.Module):
     80 bands from 50 to 8000 Hz on the Slaney scale with Slaney area normalisation, periodic Hann
     window of 400 samples, hop 160, power 2, log(x + float32 epsilon). Computed in float32
     whatever the autocast state.
+
+    Arguments
+    ---------
+    n_fft : int
+        Samples of the window and the transform, even, from 160 (the hop) to 16384. Default 400, 25
+        ms, as in the paper; 1024, 64 ms, resolves the lower harmonics (BYOL-A has it).
+    n_mels : int
+        Bands, from 1 to 512. Default 80.
+
+    Raises
+    ------
+    ValueError
+        If one is out of its limits, or a band is so narrow that no bin of the transform is in it.
 
     Example
     -------
@@ -81,10 +95,22 @@ class LogMelSpectrogram(nn.Module):
     filterbank: Tensor
     window: Tensor
 
-    def __init__(self):
+    def __init__(self, n_fft: int = N_FFT, n_mels: int = N_MELS):
         super().__init__()
-        self.register_buffer("filterbank", mel_filterbank(), persistent=False)
-        self.register_buffer("window", torch.hann_window(N_FFT), persistent=False)
+        if not HOP_LENGTH <= n_fft <= MAX_N_FFT or n_fft % 2:
+            raise ValueError(f"n_fft={n_fft}: must be even, from {HOP_LENGTH} to {MAX_N_FFT}")
+        if not 1 <= n_mels <= MAX_N_MELS:
+            raise ValueError(f"n_mels={n_mels}: must be from 1 to {MAX_N_MELS}")
+        self.n_fft, self.n_mels = n_fft, n_mels
+        filterbank = mel_filterbank(n_mels, n_fft)
+        empty = int((filterbank.sum(1) == 0).sum())
+        if empty:
+            raise ValueError(
+                f"n_mels={n_mels}: {empty} bands are so narrow that they hold no bin of a "
+                f"transform of n_fft={n_fft}: use fewer bands or a longer window"
+            )
+        self.register_buffer("filterbank", filterbank, persistent=False)
+        self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
 
     def forward(self, wav: Tensor, margins: bool = False) -> Tensor:
         """
@@ -99,11 +125,11 @@ class LogMelSpectrogram(nn.Module):
 
         Returns
         -------
-        Tensor [B, 80, frames], float32
+        Tensor [B, n_mels, frames], float32
         """
         if wav.dim() != 2:
             raise ValueError(f"expected waveforms [B, samples], got shape {tuple(wav.shape)}")
-        shortest = N_FFT if margins else N_FFT // 2 + 1
+        shortest = self.n_fft if margins else self.n_fft // 2 + 1
         if wav.shape[1] < shortest:
             raise ValueError(
                 f"{wav.shape[1]} samples are too few for one window: pad to at least {shortest}"
@@ -111,7 +137,7 @@ class LogMelSpectrogram(nn.Module):
         with torch.autocast(wav.device.type, enabled=False):
             spectrum = torch.stft(
                 wav.float(),
-                N_FFT,
+                self.n_fft,
                 HOP_LENGTH,
                 window=self.window,
                 center=not margins,

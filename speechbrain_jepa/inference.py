@@ -7,7 +7,8 @@ from speechbrain.utils.fetching import FetchConfig, LocalStrategy, fetch
 from speechbrain.utils.parameter_transfer import Pretrainer
 from torch import Tensor, nn
 
-from speechbrain_jepa.checkpoints import CONFIG, WEIGHTS
+from speechbrain_jepa.checkpoints import WEIGHTS
+from speechbrain_jepa.config import CONFIG
 from speechbrain_jepa.encoder import AudioJEPA
 
 

@@ -1,10 +1,11 @@
 """The Joint-Embedding Predictive Architecture of the paper's section 3: two encoders, a predictor.
 
-Shapes: B clips, Kc context and Kt target patches, D embedding dims.
+Shapes: B clips, M masks of each (1 unless asked for), Kc context and Kt target patches, D dims.
 """
 
 import copy
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,17 @@ from speechbrain_jepa.regularizers import Regularizer
 from speechbrain_jepa.vit import Encoder, Predictor
 
 TARGET_DOMAINS = ("audio", "latent")
+TARGET_LAYERS = ("last", "all")
 TARGET_NORM_EPS = 1e-6
-UPDATED_AT_ONCE = 2**20  # weights: few enough to stay in a CPU's cache over the update's six passes
+UPDATED_AT_ONCE = 2**18  # weights on a CPU: few enough to stay in its cache over an update's passes
+SGD: dict[str, Any] = dict(
+    weight_decay=0.0,
+    momentum=1.0,
+    lr=-1.0,
+    nesterov=False,
+    maximize=False,
+    is_first_step=False,
+)
 
 
 @dataclass
@@ -28,10 +38,11 @@ class JEPAOutput:
     ---------
     loss : Tensor, scalar, float32
         Of the predictions, and the regulariser's terms added to it.
-    predictions : Tensor [B, Kt, D]
-    targets : Tensor [B, Kt, D], float32
+    predictions : Tensor [B * M, Kt, D]
+        Of the targets that are predicted, all unless the masks say otherwise.
+    targets : Tensor [B * M, Kt, D], float32
         Normalised as the loss saw them, detached.
-    target_valid : Tensor [B, Kt], bool, or None
+    target_valid : Tensor [B * M, Kt], bool, or None
     parts : dict of str to Tensor, scalar, detached
         What `loss` is the sum of, by name: "prediction" and the regulariser's terms. Empty without
         a regulariser.
@@ -61,6 +72,11 @@ class JEPA(nn.Module):
     target_masking : str
         "audio": the target encoder sees the target patches only (the paper's choice).
         "latent": it sees all patches, and the targets are picked from its output (Table 3).
+    target_layers : str
+        "last" (the paper's), or "all": the mean of the outputs of all layers of the target encoder,
+        each normalised over its features, without what enters the first (data2vec,
+        https://arxiv.org/abs/2202.03555, section 3.3; EAT, https://arxiv.org/abs/2401.03497).
+        Default "last".
     normalize_targets : bool
         Each target to zero mean and unit variance over its features (eps 1e-6). Default True.
     regularizer : Regularizer or None
@@ -69,7 +85,7 @@ class JEPA(nn.Module):
     Raises
     ------
     ValueError
-        If `target_masking` is neither "audio" nor "latent".
+        If `target_masking` or `target_layers` is none of its choices.
 
     Example
     -------
@@ -97,12 +113,15 @@ class JEPA(nn.Module):
         target_masking: str = "audio",
         normalize_targets: bool = True,
         regularizer: Regularizer | None = None,
+        target_layers: str = "last",
     ):
         super().__init__()
-        if target_masking not in TARGET_DOMAINS:
-            raise ValueError(
-                f"target_masking={target_masking!r}: choose one of {', '.join(TARGET_DOMAINS)}"
-            )
+        for name, value, choices in (
+            ("target_masking", target_masking, TARGET_DOMAINS),
+            ("target_layers", target_layers, TARGET_LAYERS),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name}={value!r}: choose one of {', '.join(choices)}")
         self.context_encoder = encoder
         self.target_encoder = copy.deepcopy(encoder).requires_grad_(False).eval()
         # parameters, not buffers: DDP broadcasts buffers in every forward pass
@@ -113,6 +132,7 @@ class JEPA(nn.Module):
         self.predictor = predictor
         self.loss = loss
         self.target_masking = target_masking
+        self.target_layers = target_layers
         self.normalize_targets = normalize_targets
         self.regularizer = regularizer
 
@@ -126,9 +146,11 @@ class JEPA(nn.Module):
         Arguments
         ---------
         spectrogram : Tensor [B, bands, frames]
-            Normalised log-mel of the grid's size.
+            Normalised log-mel of the grid's size, or of fewer time patches.
         masks : PatchMasks
-            Of the same B clips.
+            Of the same B clips and patches, M for each (those of a clip follow one another): the
+            target encoder sees a clip once whatever M is, as in data2vec 2.0
+            (https://arxiv.org/abs/2212.07525).
 
         Returns
         -------
@@ -137,78 +159,118 @@ class JEPA(nn.Module):
         Raises
         ------
         ValueError
-            If the spectrogram is not of the grid's size, or there are masks for other clips.
+            If the spectrogram is not of the grid's size, there are masks for other clips, or there
+            are several for each where the target encoder sees the target patches only.
         """
-        grid = self.context_encoder.grid
-        if spectrogram.shape != (len(masks), grid.bands, grid.frames):
+        grid, clips = self.context_encoder.grid, len(spectrogram)
+        per_clip = len(masks) // max(clips, 1)
+        frames = masks.frames or grid.frames
+        if spectrogram.shape[1:] != (grid.bands, frames) or per_clip * clips != len(masks):
             raise ValueError(
                 f"spectrogram of shape {tuple(spectrogram.shape)} with masks for {len(masks)} "
-                f"clips: expected ({len(masks)}, {grid.bands}, {grid.frames})"
+                f"clips: expected ({len(masks)}, {grid.bands}, {frames})"
+            )
+        if per_clip > 1 and self.target_masking != "latent":
+            raise ValueError(
+                f"{per_clip} masks per clip with target_masking={self.target_masking}: they share "
+                "one pass of the target encoder over all patches: use target_masking=latent"
             )
         targets = self.targets(spectrogram, masks)
+        if per_clip > 1:
+            spectrogram = spectrogram.repeat_interleave(per_clip, 0)
         context = self.context_encoder(
             spectrogram, masks.context_index, masks.context_valid, packing=masks.context_packing
         )
+        valid = masks.loss_valid
         predictions = self.predictor(
             context,
             masks.context_index,
-            masks.target_index,
+            masks.predicted_index,
             masks.context_valid,
-            masks.target_valid,
-            masks.joint_packing,
+            valid,
+            masks.context_packing if self.predictor.cross_attention else masks.joint_packing,
+            time_patches=frames // grid.patch_time,
         )
-        loss, parts = self.loss(predictions, targets, masks.target_valid), {}
+        loss, parts = self.loss(predictions, targets, valid), {}
         if self.regularizer is not None:
             terms = self.regularizer.terms(context, masks.context_valid)
             parts = {"prediction": loss.detach()}
             parts |= {name: term.detach() for name, term in terms.items()}
             loss = loss + sum(terms.values())
-        return JEPAOutput(loss, predictions, targets, masks.target_valid, parts)
+        return JEPAOutput(loss, predictions, targets, valid, parts)
 
     @torch.no_grad()
     def targets(self, spectrogram: Tensor, masks: PatchMasks) -> Tensor:
-        """What the predictor should say: [B, Kt, D], float32, normalised per patch."""
+        """What the predictor should say: [B * M, Kt, D], float32, normalised per patch."""
         index = masks.target_index
         if self.target_masking == "audio":
-            targets = self.target_encoder(
+            targets = self._encode_targets(
                 spectrogram, index, masks.target_valid, packing=masks.target_packing
             )
         else:
-            targets = self.target_encoder(spectrogram)
-            targets = targets.gather(1, index[..., None].expand(-1, -1, targets.shape[-1]))
+            targets = self._encode_targets(spectrogram)
+            # rows of several masks of one clip side by side: a clip's targets are picked together
+            per_clip = index.reshape(len(targets), -1, 1).expand(-1, -1, targets.shape[-1])
+            targets = targets.gather(1, per_clip).view(*index.shape, -1)
+        if masks.predicted is not None:
+            index = masks.predicted[..., None].expand(-1, -1, targets.shape[-1])
+            targets = targets.gather(1, index)
         targets = targets.float()
-        if self.normalize_targets:
-            targets = F.layer_norm(targets, targets.shape[-1:], eps=TARGET_NORM_EPS)
-        return targets
+        return _standardized(targets) if self.normalize_targets else targets
+
+    def _encode_targets(self, *patches, **packing) -> Tensor:
+        """The target encoder's last layer, or the mean of all, each normalised."""
+        if self.target_layers == "last":
+            return self.target_encoder(*patches, **packing)
+        layers = self.target_encoder(*patches, all_layers=True, **packing)[1:]
+        return _standardized(layers.float()).mean(0)
 
     @torch.no_grad()
-    def update_target(self, rate: float) -> None:
+    def update_target(self, rate: float, skip: Tensor | None = None) -> None:
         """target <- rate * target + (1 - rate) * context, for all parameters at once (eq. 1).
 
         At a rate of 0.99999 a weight 0.2 % away moves by 2e-8 of its size, which float32 rounds to
         nothing. What is rounded off is kept and added with the next update (Kahan, 1965).
+
+        Arguments
+        ---------
+        rate : float
+        skip : Tensor, scalar, float32, or None
+            1: everything stays as it is; 0: it does not. The host need not know which.
         """
-        triples = zip(
+        rows = zip(
             self.target_encoder.parameters(), self.target_rest, self.context_encoder.parameters()
         )
-        for group in _grouped(triples):
-            target, rest, context = map(list, zip(*group))
-            scratch = torch._foreach_sub(context, target)
-            torch._foreach_add_(rest, scratch, alpha=1 - rate)
-            torch._foreach_copy_(scratch, target)
-            torch._foreach_add_(target, rest)
-            torch._foreach_sub_(scratch, target)  # old minus new, exactly
-            torch._foreach_add_(rest, scratch)
+        # .data: the kernel may write to what it takes for gradients, and autograd would believe it
+        for target, rest, context in _in_pieces((part.data for part in row) for row in rows):
+            old = [part.clone() for part in target]
+            # torch's fused SGD computes buffer <- momentum * buffer + (1 - dampening) * (gradient +
+            # weight_decay * parameter); parameter <- parameter - lr * buffer, in one pass:
+            # rest <- rest + (1 - rate) * (context - target); target <- target + rest
+            torch._fused_sgd_(
+                *(target, context, rest),
+                **(SGD | {"weight_decay": -1.0, "dampening": rate, "found_inf": skip}),
+            )
+            # old <- old - target, which is exact; rest <- rest + old
+            torch._fused_sgd_(rest, target, old, **(SGD | {"dampening": 2.0}))
 
 
-def _grouped(rows, values: int = UPDATED_AT_ONCE):
-    """Rows of tensors in groups whose first tensors hold about so many values together."""
+def _standardized(tokens: Tensor) -> Tensor:
+    """Each token [..., D] to zero mean and unit variance over its features."""
+    return F.layer_norm(tokens, tokens.shape[-1:], eps=TARGET_NORM_EPS)
+
+
+def _in_pieces(rows):
+    """Rows of tensors as lists, one a column; on a CPU `UPDATED_AT_ONCE` values at a time."""
     group, held = [], 0
-    for row in rows:
-        group.append(row)
-        held += row[0].numel()
-        if held >= values:
-            yield group
-            group, held = [], 0
+    for row in map(tuple, rows):
+        limit = UPDATED_AT_ONCE if row[0].is_cpu else 2**24
+        is_small = row[0].numel() <= limit
+        for piece in [row] if is_small else zip(*(part.view(-1).split(limit) for part in row)):
+            group.append(piece)
+            held += piece[0].numel()
+            if held >= limit:
+                yield tuple(map(list, zip(*group)))
+                group, held = [], 0
     if group:
-        yield group
+        yield tuple(map(list, zip(*group)))

@@ -5,7 +5,9 @@ draws every clip's patches independently, on the device asked for, without a loo
 Patches are numbered row by row: index = frequency_patch * time_patches + time_patch.
 """
 
-from dataclasses import dataclass
+import inspect
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +36,13 @@ class PatchMasks:
     context_packing, target_packing, joint_packing : Packing or None
         Of the context, the targets, and the predictor's rows, targets first. They spare
         the three passes of a step the wait for the device. None: worked out where needed.
+    predicted : Tensor [B, Kp], int64, or None
+        Which of a clip's targets are predicted: columns of `target_index`, ascending where valid.
+        None: all of them.
+    predicted_valid : Tensor [B, Kp], bool, or None
+        As the others.
+    frames : int or None
+        Of the spectrograms that they are for. None: of the encoder's grid.
     """
 
     context_index: Tensor
@@ -43,9 +52,55 @@ class PatchMasks:
     context_packing: Packing | None = None
     target_packing: Packing | None = None
     joint_packing: Packing | None = None
+    predicted: Tensor | None = None
+    predicted_valid: Tensor | None = None
+    frames: int | None = None
 
     def __len__(self) -> int:
         return len(self.target_index)
+
+    def predicting(self, share: float, generator: torch.Generator | None = None) -> "PatchMasks":
+        """The same context and targets, of which each clip predicts a random share.
+
+        Arguments
+        ---------
+        share : float
+            Above 0, at most 1; of every clip's own targets, rounded, one at least.
+        generator : torch.Generator or None
+            On the masks' device.
+
+        Example
+        -------
+        >>> masks = PatchMasks(torch.tensor([[0, 1]]), torch.tensor([[2, 3, 5, 7]]))
+        >>> masks.predicting(0.5).predicted.shape
+        torch.Size([1, 2])
+        """
+        if not 0 < share <= 1:
+            raise ValueError(f"predicted_share={share}: must be above 0 and at most 1")
+        clips, longest = self.target_index.shape
+        order = torch.rand(clips, longest, device=self.target_index.device, generator=generator)
+        most = max(int(share * longest + 0.5), 1)
+        if self.target_valid is None:
+            predicted = order.argsort(1)[:, :most].sort(1).values
+            return replace(self, predicted=predicted, predicted_valid=None, joint_packing=None)
+        order = order.masked_fill(~self.target_valid, 2.0).argsort(1)[:, :most]
+        counts = (share * self.target_valid.sum(1).double() + 0.5).long().clamp(min=1)
+        valid = torch.arange(most, device=order.device) < counts[:, None]
+        predicted = order.masked_fill(~valid, longest).sort(1).values
+        predicted = predicted.masked_fill(~valid, 0)
+        return replace(self, predicted=predicted, predicted_valid=valid, joint_packing=None)
+
+    @property
+    def predicted_index(self) -> Tensor:
+        """Patch numbers of what is predicted: [B, Kp], or `target_index`."""
+        if self.predicted is None:
+            return self.target_index
+        return self.target_index.gather(1, self.predicted)
+
+    @property
+    def loss_valid(self) -> Tensor | None:
+        """Which of the predictions count."""
+        return self.target_valid if self.predicted is None else self.predicted_valid
 
     def clip(self, row: int) -> "PatchMasks":
         """The masks of one clip alone, without padding."""
@@ -77,7 +132,7 @@ class PatchMasks:
         context_index, context_valid = _indices(context, counts[0], *of_context[:2])
         target_index, target_valid = _indices(target, counts[1], *of_target[:2])
         joint_valid = join_valid(target_index, target_valid, context_index, context_valid)
-        packings = (
+        of_context_packing, of_target_packing, of_both = (
             None if valid is None else Packing.of(valid, tokens)
             for valid, tokens in (
                 (context_valid, of_context[2]),
@@ -85,7 +140,15 @@ class PatchMasks:
                 (joint_valid, of_context[2] + of_target[2]),
             )
         )
-        return PatchMasks(context_index, target_index, context_valid, target_valid, *packings)
+        return PatchMasks(
+            context_index,
+            target_index,
+            context_valid,
+            target_valid,
+            of_context_packing,
+            of_target_packing,
+            of_both,
+        )
 
 
 def _indices(belongs: Tensor, counts: Tensor, shortest: int, longest: int):
@@ -94,6 +157,35 @@ def _indices(belongs: Tensor, counts: Tensor, shortest: int, longest: int):
     if shortest == longest:
         return index, None
     return index, torch.arange(longest, device=belongs.device) < counts[:, None]
+
+
+def for_grid(strategy, grid: PatchGrid):
+    """The same strategy on another grid: every other argument of its constructor as it was.
+
+    Raises
+    ------
+    TypeError
+        If the strategy does not keep an argument under the argument's name.
+
+    Example
+    -------
+    >>> for_grid(UnstructuredMasking(PatchGrid(208), target_share=0.8), PatchGrid(64)).num_context
+    4
+    """
+    names = [name for name in inspect.signature(type(strategy)).parameters if name != "grid"]
+    lost = [name for name in names if not hasattr(strategy, name)]
+    if lost:
+        raise TypeError(
+            f"{type(strategy).__name__} does not keep its {', '.join(lost)}, so it cannot be built "
+            "for another duration: store each argument under its own name"
+        )
+    return type(strategy)(grid, **{name: getattr(strategy, name) for name in names})
+
+
+def for_durations(strategy, grid: PatchGrid, durations) -> dict[int, Any]:
+    """The strategy on grids of so many frames, by frames; those of its own grid are left out."""
+    others = [frames for frames in durations if frames != grid.frames]
+    return {frames: for_grid(strategy, replace(grid, frames=frames)) for frames in others}
 
 
 class UnstructuredMasking:

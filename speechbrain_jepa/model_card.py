@@ -5,6 +5,9 @@ import yaml
 from speechbrain_jepa import features
 from speechbrain_jepa.vit import PatchGrid
 
+LICENCE_TO_CHOOSE = (
+    "To be filled in by whoever publishes this folder, with regard to the audio it was trained on."
+)
 HYPERPARAMS_TEXT = """\
 # For SpeechBrain: WaveformEncoder.from_hparams(source=<this folder>). Settings and parameters are
 # read from config.json and model.safetensors. Any line can be overridden:
@@ -12,6 +15,8 @@ HYPERPARAMS_TEXT = """\
 
 output_norm: False # layer norm over each clip's output
 output_all_hiddens: False # the output of every layer
+layers: null # all, or a list of layers: of a time step; null: the last
+pooling: null # of clip_level: mean or mean_std. null, and layers null: as config.json says
 flat: False # average the frequency patches of a time step instead of concatenating them
 normalization: pretraining # or instance
 max_windows_per_batch: 128
@@ -21,6 +26,8 @@ encoder: !new:speechbrain_jepa.inference.PretrainedAudioJEPA
     clip_level: !ref <clip_level>
     output_norm: !ref <output_norm>
     output_all_hiddens: !ref <output_all_hiddens>
+    layers: !ref <layers>
+    pooling: !ref <pooling>
     flat: !ref <flat>
     normalization: !ref <normalization>
     max_windows_per_batch: !ref <max_windows_per_batch>
@@ -67,8 +74,8 @@ license: other # TO BE CHOSEN by whoever publishes this folder
 
 # Audio encoder {title}
 
-A vision transformer over log-mel spectrograms (16 kHz audio, {features.N_MELS} bands, 100 frames a
-second), {origin}
+A vision transformer over log-mel spectrograms (16 kHz audio, {config["features"]["n_mels"]} bands,
+windows of {config["features"]["n_fft"]} samples, 100 frames a second), {origin}
 
 | | |
 | --- | --- |
@@ -132,6 +139,5 @@ def _origin(training: dict) -> tuple[str, str, str]:
         "pretrained without labels by predicting the representations of masked patches:\n"
         'Riou et al., "Investigating Design Choices in Joint-Embedding Predictive Architectures '
         'for General\nAudio Representation Learning", 2024. Written by speechbrain-jepa.',
-        "To be filled in by whoever publishes this folder, with regard to the audio it was "
-        "trained on.",
+        LICENCE_TO_CHOOSE,
     )

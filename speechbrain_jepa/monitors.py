@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,8 +32,23 @@ def effective_rank(embeddings: Tensor) -> float:
     >>> round(effective_rank(torch.eye(8)), 3), round(effective_rank(torch.ones(8, 4)), 3)
     (8.0, 1.0)
     """
-    singular = torch.linalg.svdvals(embeddings.float())
-    shares = singular / singular.sum().clamp(min=torch.finfo(torch.float32).tiny)
+    return effective_rank_of_gram(gram_matrix(embeddings))
+
+
+def gram_matrix(rows: Tensor) -> Tensor:
+    """[n, D] to [D, D], float64: those of parts of the rows add up to that of all."""
+    rows = rows.double()
+    return rows.T @ rows
+
+
+def effective_rank_of_gram(gram: Tensor) -> float:
+    """`effective_rank` of the rows whose Gram matrix [D, D] is given, in float64.
+
+    Singular values are the roots of its eigenvalues: a product and a D x D problem, where an SVD of
+    n x D rows takes many times as long.
+    """
+    singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    shares = singular / singular.sum().clamp(min=torch.finfo(singular.dtype).tiny)
     return torch.special.entr(shares).sum().exp().item()
 
 
@@ -44,27 +60,32 @@ class PatchStatistics:
 
     Arguments
     ---------
-    num_patches : int
+    num_patches, dim : int
+    device : torch.device or str
+        Where it adds up, in float64. Default "cpu".
 
     Example
     -------
-    >>> statistics = PatchStatistics(num_patches=2)
+    >>> statistics = PatchStatistics(num_patches=2, dim=2)
     >>> rows = torch.tensor([[[0.0, 7.0], [5.0, 5.0]], [[2.0, 7.0], [5.0, 5.0]]])  # 2 clips
     >>> statistics.add(rows, torch.tensor([[0, 1], [0, 1]]))
     >>> statistics.deviation()  # (1 + 0 + 0 + 0) / 4
     0.25
     """
 
-    def __init__(self, num_patches: int):
-        self.count = torch.zeros(num_patches, 1, dtype=torch.float64)
-        self.total = self.squares = torch.zeros(num_patches, 0)  # D is known from the first rows
+    def __init__(self, num_patches: int, dim: int, device: torch.device | str = "cpu"):
+        options: dict[str, Any] = dict(dtype=torch.float64, device=device)
+        self.count = torch.zeros(num_patches, 1, **options)
+        self.total, self.squares = torch.zeros(2, num_patches, dim, **options)
 
-    def add(self, rows: Tensor, index: Tensor) -> None:
-        """Representations [..., D] of the patches `index` [...]."""
-        rows, index = rows.flatten(0, -2).double().cpu(), index.flatten().cpu()
-        if not self.total.numel():
-            self.total, self.squares = torch.zeros(2, len(self.count), rows.shape[1]).double()
-        self.count.index_add_(0, index, torch.ones(len(index), 1, dtype=torch.float64))
+    def add(self, rows: Tensor, index: Tensor, valid: Tensor | None = None) -> None:
+        """Representations [..., D] of the patches `index` [...]; those not `valid` are left out."""
+        rows, index = rows.flatten(0, -2).double(), index.flatten()
+        counted = torch.ones_like(rows[:, :1])
+        if valid is not None:
+            counted = valid.flatten()[:, None].to(rows.dtype)
+            rows = rows.masked_fill(counted == 0, 0.0)
+        self.count.index_add_(0, index, counted)
         self.total.index_add_(0, index, rows)
         self.squares.index_add_(0, index, rows.square())
 
@@ -75,7 +96,9 @@ class PatchStatistics:
     def deviation(self) -> float:
         """Standard deviation over clips, averaged over features and the patches seen."""
         variance = self.squares / self.count.clamp(min=1) - self.mean().square()
-        return variance.clamp(min=0).sqrt()[self.count[:, 0] > 0].mean().item()
+        seen = self.count > 0
+        deviations = torch.where(seen, variance.clamp(min=0).sqrt(), 0.0)
+        return (deviations.mean(1).sum() / seen.sum()).item()
 
 
 class CollapseAlarm:
@@ -126,11 +149,22 @@ class CollapseAlarm:
 
 
 class Interval:
-    """Sums since the last row of metrics.csv."""
+    """Sums since the last row of metrics.csv.
+
+    Losses and gradient norms stay on their device, as tensors, until `look` fetches them all: a
+    host that waits for each cannot prepare the next step meanwhile.
+
+    Arguments
+    ---------
+    device : torch.device or str
+        Where the steps are computed. What is waited for data is what this device waits: on a CUDA
+        device the time between the last kernel of a step and the first of the next. Default "cpu".
+    """
 
     SUMS = ("clips", "steps", "finite", "losses", "waited", "latest")
 
-    def __init__(self):
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.device = torch.device(device)
         self.restart()
 
     def restart(self) -> None:
@@ -139,33 +173,64 @@ class Interval:
         self.waited = self.elapsed = 0.0
         self.losses: dict[str, float] = {}
         self.latest: dict[str, float] = {}
+        self._batches: list[dict[str, Tensor]] = []  # not looked at yet: losses by name,
+        self._norms: list[Tensor] = []  # gradient norms of the optimiser steps,
+        self._gaps: list[tuple] = []  # and when a batch was done and the next one there
         self.resume()
 
+    def pause(self) -> None:
+        """What comes until `resume` does not count as time of the interval."""
+        self.elapsed = time.perf_counter() - self.began
+
     def resume(self) -> None:
-        """Go on with the sums as they are: the time since they were saved does not count."""
-        self.idle_since = time.perf_counter()
-        self.began = self.idle_since - self.elapsed
+        """Go on with the sums as they are: the time since `pause`, or a checkpoint, is left out."""
+        self.idle_since = _now(self.device)
+        self.began = time.perf_counter() - self.elapsed
 
     def batch_arrived(self) -> None:
         """The next batch is there: the time since the last one was done was spent waiting."""
-        self.waited += time.perf_counter() - self.idle_since
+        self._gaps.append((self.idle_since, _now(self.device)))
 
-    def batch_done(self, clips: int, **losses: float) -> None:
-        """A batch of so many clips with its `loss` and that one's parts, if it is finite."""
+    def add(self, clips: int, **losses: Tensor) -> None:
+        """A batch of so many clips with its `loss` and that one's parts, which count if finite."""
         self.clips += clips
-        if math.isfinite(losses["loss"]):
-            self.finite += 1
-            for name, value in losses.items():
-                self.losses[name] = self.losses.get(name, 0.0) + value
-        self.idle_since = time.perf_counter()
+        self._batches.append({name: loss.detach().float() for name, loss in losses.items()})
 
-    def stepped(self, **latest: float) -> None:
+    def batch_done(self) -> None:
+        """From here on the next batch is waited for."""
+        self.idle_since = _now(self.device)
+
+    def stepped(self, gradient_norm: Tensor, **latest: float) -> None:
         """An optimiser step, with what is reported of the last one alone."""
         self.steps += 1
         self.latest = latest
+        self._norms.append(gradient_norm.detach().float())
+
+    def look(self) -> list[float]:
+        """Wait for the device once, and take what was noted into the sums.
+
+        Returns
+        -------
+        list of float
+            The gradient norm of each optimiser step since the last look.
+        """
+        noted = [*(loss for batch in self._batches for loss in batch.values()), *self._norms]
+        values = iter(torch.stack(noted).tolist() if noted else [])
+        for batch in self._batches:
+            losses = {name: next(values) for name in batch}
+            if math.isfinite(losses["loss"]):
+                self.finite += 1
+                for name, value in losses.items():
+                    self.losses[name] = self.losses.get(name, 0.0) + value
+        norms = list(values)
+        if norms:
+            self.latest["gradient_norm"] = norms[-1]
+        self.waited += sum(_seconds(done, arrived) for done, arrived in self._gaps)
+        self._batches, self._norms, self._gaps = [], [], []
+        return norms
 
     def close(self, world_size: int) -> dict[str, float]:
-        """Averages of this interval; the next one begins."""
+        """Averages of this interval, as of the last look; the next one begins."""
         elapsed = time.perf_counter() - self.began
         finite = self.finite or float("nan")
         stats = {
@@ -188,6 +253,22 @@ class Interval:
         for name, value in state.items():
             setattr(self, name, value)
         self.resume()
+
+
+def _now(device: torch.device):
+    """A mark on the device's own line of time, which the host does not wait for."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _seconds(earlier, later) -> float:
+    """Between two marks that the device has passed."""
+    if isinstance(earlier, float):
+        return later - earlier
+    return earlier.elapsed_time(later) / 1000  # in ms
 
 
 class MetricsTable:

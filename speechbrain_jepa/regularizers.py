@@ -24,7 +24,8 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
     Each process then holds the gradient of all processes' (equal) losses together, which DDP's mean
     over processes turns into that of one.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    is_alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    if is_alone or not torch.is_grad_enabled():  # in validation each has batches of its own
         return tensor
     return torch.distributed.nn.functional.all_reduce(tensor, group=torch.distributed.group.WORLD)
 

@@ -17,7 +17,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from speechbrain_jepa.features import N_MELS, Normalization
+from speechbrain_jepa.features import (
+    HOP_LENGTH,
+    MAX_N_FFT,
+    MAX_N_MELS,
+    LogMelSpectrogram,
+    Normalization,
+)
+from speechbrain_jepa.read_out import ReadOut
 from speechbrain_jepa.vit import Encoder, PatchGrid
 
 MAX_CONFIG = 2**20  # bytes of config.json
@@ -29,9 +36,9 @@ FLOATS = ("F32", "F16", "BF16", "F64")  # as safetensors calls them
 # whole numbers, with their least and greatest values
 GRID = {
     "frames": (1, 2**20),
-    "patch_frequency": (1, N_MELS),
+    "patch_frequency": (1, MAX_N_MELS),
     "patch_time": (1, 2**20),
-    "bands": (N_MELS, N_MELS),
+    "bands": (1, MAX_N_MELS),
 }
 SIZES = {"dim": (1, 2**16), "depth": (1, 1000), "num_heads": (1, 2**16)}
 NUMBERS = {"mlp_ratio": (1e-6, 256), "norm_eps": (1e-30, 1)}
@@ -111,7 +118,7 @@ def checked_encoder(settings: Any) -> tuple[PatchGrid, dict]:
     Arguments
     ---------
     settings : dict
-        As `speechbrain_jepa.checkpoints.describe` writes them.
+        As `speechbrain_jepa.config.describe` writes them.
 
     Raises
     ------
@@ -158,6 +165,31 @@ def checked_normalization(pair: Any) -> Normalization:
     for key, value in pair.items():
         _check_number(f"normalization.{key}", value, -1e30, 1e30)
     return Normalization(**pair)
+
+
+def checked_log_mel(settings: Any, bands: int) -> LogMelSpectrogram:
+    """The front end of a config: its n_fft and n_mels, for an encoder of so many bands."""
+    limits = {"n_fft": (HOP_LENGTH, MAX_N_FFT), "n_mels": (bands, bands)}
+    for key, (least, most) in limits.items():
+        _check_whole(f"features.{key}", settings.get(key), least, most)
+    try:
+        return LogMelSpectrogram(settings["n_fft"], settings["n_mels"])
+    except ValueError as error:
+        raise ValueError(f"features.{error}") from error
+
+
+def checked_read_out(settings: Any, depth: int) -> ReadOut:
+    """The `ReadOut` of a config, for an encoder of so many layers."""
+    settings = _checked("embedding", settings, (), ("layers", "pooling"))
+    layers = settings.get("layers")
+    if isinstance(layers, list) and len(layers) > 1 + depth:
+        raise ValueError(f"embedding.layers={short(layers)}: there are {1 + depth} layers")
+    try:
+        read_out = ReadOut(**settings)
+        read_out.numbers(1 + depth)
+    except ValueError as error:
+        raise ValueError(f"embedding.{error}") from error
+    return read_out
 
 
 def _checked(name: str, section: Any, needed, optional=()) -> dict:

@@ -3,105 +3,13 @@
 Shapes: B clips, F frequency and T time patches, N = F * T patches, K of them visible, D dims.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speechbrain_jepa.attention import Packing, Rows, check_attention
 from speechbrain_jepa.cpu import layer_norm
-from speechbrain_jepa.features import N_MELS
-
-
-@dataclass(frozen=True)
-class PatchGrid:
-    """How a spectrogram is cut into patches, numbered row by row (index = f * T + t).
-
-    Arguments
-    ---------
-    frames : int
-        Length of a training crop. Default 208 (2.1 s); the paper's others are 320 and 640.
-    patch_frequency, patch_time : int
-        Mel bands and frames of a patch. Default 16 x 16. 16 x 4 and 80 x 2 give finer time.
-    bands : int
-        Mel bands of the spectrogram. Default 80.
-
-    Raises
-    ------
-    ValueError
-        If patches do not tile the spectrogram.
-
-    Example
-    -------
-    >>> grid = PatchGrid(frames=208)
-    >>> grid.frequency_patches, grid.time_patches, grid.num_patches
-    (5, 13, 65)
-    """
-
-    frames: int = 208
-    patch_frequency: int = 16
-    patch_time: int = 16
-    bands: int = N_MELS
-
-    def __post_init__(self):
-        for name, size, patch_name, patch in (
-            ("bands", self.bands, "patch_frequency", self.patch_frequency),
-            ("crop_frames", self.frames, "patch_time", self.patch_time),
-        ):
-            if patch < 1 or size < patch or size % patch:
-                below = max(size // patch, 1) * patch if patch >= 1 else size
-                raise ValueError(
-                    f"{name}={size} is not a multiple of {patch_name}={patch}: "
-                    f"use {below} or {below + max(patch, 1)}"
-                )
-
-    @property
-    def frequency_patches(self) -> int:
-        return self.bands // self.patch_frequency
-
-    @property
-    def time_patches(self) -> int:
-        return self.frames // self.patch_time
-
-    @property
-    def num_patches(self) -> int:
-        return self.frequency_patches * self.time_patches
-
-    @property
-    def patch_values(self) -> int:
-        return self.patch_frequency * self.patch_time
-
-    def patches(self, spectrogram: Tensor) -> Tensor:
-        """[B, bands, frames] to [B, N, patch_values], of any whole number of patches in time."""
-        rows = spectrogram.unflatten(1, (-1, self.patch_frequency))
-        tiles = rows.unflatten(3, (-1, self.patch_time))  # [B, F, bands, T, frames]
-        return tiles.transpose(2, 3).flatten(3).flatten(1, 2)
-
-
-def sincos_positions(frequency_patches: int, time_patches: int, dim: int) -> Tensor:
-    """Fixed 2-D sine-cosine positions [F * T, dim]: first half for time, second for frequency.
-
-    Each half holds sin(p w) and cos(p w) of the patch's coordinate p for the dim / 4 frequencies
-    w = 10000 ** (-i / (dim / 4)), as in MAE and I-JEPA.
-
-    Example
-    -------
-    >>> sincos_positions(5, 13, 768).shape
-    torch.Size([65, 768])
-    """
-    if dim % 4:
-        raise ValueError(f"dim={dim}: 2-D sine-cosine positions need a multiple of 4")
-    quarter = dim // 4
-    omega = 10_000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-
-    def axis(length):
-        angle = torch.arange(length, dtype=torch.float64)[:, None] * omega
-        return torch.cat([angle.sin(), angle.cos()], 1)
-
-    by_frequency = axis(frequency_patches)[:, None].expand(-1, time_patches, -1)
-    by_time = axis(time_patches)[None].expand(frequency_patches, -1, -1)
-    return torch.cat([by_time, by_frequency], -1).flatten(0, 1).float()
+from speechbrain_jepa.patches import PatchGrid, first_columns, sincos_positions
 
 
 def _working_dtype(x: Tensor) -> torch.dtype:
@@ -151,11 +59,29 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(dim, eps=norm_eps)
         self.mlp = MLP(dim, round(dim * mlp_ratio))
 
-    def forward(self, x: Tensor, rows: Rows, keep: int | None = None) -> Tensor:
-        """All tokens in the layout of `rows`, or the first `keep` of every row, unpacked."""
+    def forward(
+        self, x: Tensor, rows: Rows, keep: int | None = None, memory: Tensor | None = None
+    ) -> Tensor:
+        """All tokens in the layout of `rows`, or the first `keep` of every row, unpacked.
+
+        With `memory`, which is in the layout of `rows`, tokens [B, Q, D] that attend to it and not
+        to each other.
+        """
+        if memory is not None:
+            return self._across(x, memory, rows)
         attended = rows.attend(self.attn.qkv(self.norm1(x)), self.attn.num_heads)
         if keep is not None:
             x, attended = (rows.unpack(tokens)[:, :keep] for tokens in (x, attended))
+        return self._leave(x, attended)
+
+    def _across(self, x: Tensor, memory: Tensor, rows: Rows) -> Tensor:
+        dim = x.shape[-1]
+        weight, bias = self.attn.qkv.weight.to(x.dtype), self.attn.qkv.bias.to(x.dtype)
+        queries = F.linear(self.norm1(x), weight[:dim], bias[:dim])
+        keys_values = F.linear(self.norm1(memory), weight[dim:], bias[dim:])
+        return self._leave(x, rows.attend_from(queries, keys_values, self.attn.num_heads))
+
+    def _leave(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.attn.proj(attended)
         return x + self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x))))
 
@@ -276,7 +202,7 @@ class Encoder(nn.Module):
         positions = self._positions_for(spectrogram)
         patches = self.grid.patches(spectrogram)
         if index is None:
-            positions = positions.expand(len(patches), -1, -1)
+            positions = positions.expand(patches.shape[0], -1, -1)
         else:
             patches = patches.gather(1, index[..., None].expand(-1, -1, patches.shape[-1]))
             positions = F.embedding(index, positions)
@@ -309,15 +235,12 @@ class Encoder(nn.Module):
                 f"{grid.bands} bands and at most {grid.frames} frames in multiples of "
                 f"{grid.patch_time}; cut longer audio into windows, pad shorter audio"
             )
-        if frames == grid.frames:
-            return self.positions
-        by_time = self.positions.unflatten(0, (grid.frequency_patches, grid.time_patches))
-        return by_time[:, : frames // grid.patch_time].flatten(0, 1)
+        return first_columns(self.positions, grid, frames // grid.patch_time)
 
 
 def _append_token(x: Tensor, valid: Tensor | None, token: Tensor) -> tuple[Tensor, Tensor | None]:
     """Behind the patches, where their numbers stay as they are."""
-    x = torch.cat([x, token.to(x.dtype).expand(len(x), 1, -1)], 1)
+    x = torch.cat([x, token.to(x.dtype).expand(x.shape[0], 1, -1)], 1)
     return x, None if valid is None else F.pad(valid, (0, 1), value=True)
 
 
@@ -336,6 +259,10 @@ class Predictor(nn.Module):
         Default 512, 8, 16.
     mlp_ratio, norm_eps, attention
         As in `Encoder`.
+    cross_attention : bool
+        Targets attend to the context only, whose tokens stay as they are: less to compute, and a
+        prediction does not depend on which others are made (CrossMAE,
+        https://arxiv.org/abs/2401.14391). Same parameters. Default False: all attend to all.
 
     Example
     -------
@@ -358,12 +285,15 @@ class Predictor(nn.Module):
         mlp_ratio: float = 4.0,
         norm_eps: float = 1e-6,
         attention: str = "auto",
+        cross_attention: bool = False,
     ):
         super().__init__()
         _check_heads(dim, num_heads)
         check_attention(attention)
+        self.cross_attention = cross_attention
         if depth < 1:
             raise ValueError(f"predictor depth={depth}: at least one layer is needed")
+        self.grid = grid
         self.attention = attention
         self.proj_in = Linear(encoder_dim, dim)
         self.mask_token = nn.Parameter(torch.empty(dim))
@@ -385,6 +315,7 @@ class Predictor(nn.Module):
         context_valid: Tensor | None = None,
         target_valid: Tensor | None = None,
         packing: Packing | None = None,
+        time_patches: int | None = None,
     ) -> Tensor:
         """
         Arguments
@@ -394,17 +325,26 @@ class Predictor(nn.Module):
         context_index, target_index : Tensor [B, Kc] and [B, Kt], int64
         context_valid, target_valid : Tensor [B, Kc] and [B, Kt], bool, or None
         packing : Packing or None
-            Of both side by side, targets first, where it is known (see `PatchMasks`).
+            Of both side by side, targets first, or with `cross_attention` of the context, where it
+            is known (see `PatchMasks`).
+        time_patches : int or None
+            T of the spectrograms, where they are shorter than the grid. None: the grid's.
 
         Returns
         -------
         Tensor [B, Kt, D]
         """
         num_targets = target_index.shape[1]
-        positions = self.positions.to(context.dtype)
+        positions = first_columns(self.positions, self.grid, time_patches).to(context.dtype)
         with torch.autocast(context.device.type, enabled=False):
             targets = self.mask_token.to(context.dtype) + F.embedding(target_index, positions)
             context = self.proj_in(context) + F.embedding(context_index, positions)
+            if self.cross_attention:
+                rows = Rows(self.attention, context, context_valid, packing)
+                memory = rows.pack(context)
+                for block in self.blocks:
+                    targets = block(targets, rows, memory=memory)
+                return self.proj_out(self.norm(targets))
             x = torch.cat([targets, context], 1)
             valid = join_valid(target_index, target_valid, context_index, context_valid)
             rows = Rows(self.attention, x, valid, packing)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from speechbrain_jepa.features import (
     HOP_LENGTH,
     LOG_OFFSET,
-    MARGIN,
+    N_FFT,
     SAMPLE_RATE,
     LogMelSpectrogram,
     crop_samples,
@@ -76,7 +76,9 @@ class Windows:
         Of one window.
     shifts : int
         K.
-    padded : Tensor [B, lead * hop + MARGIN + samples and more]
+    n_fft : int
+        Of the log-mel that they are cut for.
+    padded : Tensor [B, lead * hop + n_fft / 2 + samples and more]
         The clips, each reflected at its two ends.
     samples, steps : Tensor [B], int64
         Of each clip, on the CPU.
@@ -87,6 +89,7 @@ class Windows:
 
     grid: PatchGrid
     shifts: int
+    n_fft: int
     padded: Tensor
     samples: Tensor
     steps: Tensor
@@ -109,7 +112,7 @@ class Windows:
         Yields
         ------
         windows : WindowBatch
-        log_mel : Tensor [W, 80, frames]
+        log_mel : Tensor [W, bands, frames]
             Of as many frames as the longest has; SILENCE where there is no audio.
         audio : bool Tensor [W, frames]
             Where there is audio.
@@ -119,7 +122,7 @@ class Windows:
         lead = lead_frames(self.grid, self.shifts)
         for windows in self.batches:
             frames = windows.longest * self.grid.patch_time
-            views = self.padded.unfold(1, crop_samples(frames), step * HOP_LENGTH)
+            views = self.padded.unfold(1, crop_samples(frames, self.n_fft), step * HOP_LENGTH)
             first_step = windows.number * (self.grid.frames // step) + windows.shift
             log_mel = features(views[windows.clip.to(device), first_step.to(device)], margins=True)
             first_frame = first_step * step - lead
@@ -190,7 +193,12 @@ def lead_frames(grid: PatchGrid, shifts: int) -> int:
 
 
 def cut_into_windows(
-    wav: Tensor, wav_lens: Tensor | None, grid: PatchGrid, max_windows: int, shifts: int = 1
+    wav: Tensor,
+    wav_lens: Tensor | None,
+    grid: PatchGrid,
+    max_windows: int,
+    shifts: int = 1,
+    n_fft: int = N_FFT,
 ) -> Windows:
     """Check a batch of waveforms and cut it into windows.
 
@@ -206,6 +214,8 @@ def cut_into_windows(
         At most so many are encoded at once.
     shifts : int
         K, a divisor of the grid's patch_time. Default 1: a time step is a time patch.
+    n_fft : int
+        Of the `LogMelSpectrogram` that they are for. Default 400.
 
     Raises
     ------
@@ -232,7 +242,8 @@ def cut_into_windows(
     return Windows(
         grid=grid,
         shifts=shifts,
-        padded=_reflect_ends(wav.float(), samples, lead, whole + last_shift),
+        n_fft=n_fft,
+        padded=_reflect_ends(wav.float(), samples, lead, whole + last_shift, n_fft // 2),
         samples=samples,
         steps=steps,
         num_steps=num_steps,
@@ -297,18 +308,18 @@ def _window_batches(patches: Tensor, window: int, limit: int) -> Iterator[Window
         start = stop
 
 
-def _reflect_ends(wav: Tensor, samples: Tensor, lead: int, width: int) -> Tensor:
-    """Continue each clip [B, :samples] by MARGIN reflected samples at its two ends.
+def _reflect_ends(wav: Tensor, samples: Tensor, lead: int, width: int, margin: int) -> Tensor:
+    """Continue each clip [B, :samples] by margin reflected samples at its two ends.
 
     A clip shorter than that goes on being reflected, back and forth. Returns
-    [B, lead + MARGIN + width + MARGIN], width at least that of the batch; the clip begins at
-    lead + MARGIN.
+    [B, lead + margin + width + margin], width at least that of the batch; the clip begins at
+    lead + margin.
     """
     samples = samples.to(wav.device)[:, None]
-    margin = torch.arange(MARGIN, device=wav.device).expand(len(wav), -1)
-    place = torch.cat([margin - MARGIN, margin + samples], 1)
+    beyond = torch.arange(margin, device=wav.device).expand(len(wav), -1)
+    place = torch.cat([beyond - margin, beyond + samples], 1)
     period = (2 * (samples - 1)).clamp(min=1)
     phase = place.remainder(period)
     reflected = wav.gather(1, torch.minimum(phase, period - phase))
-    padded = nn.functional.pad(wav, (lead + MARGIN, width + MARGIN - wav.shape[1]))
-    return padded.scatter_(1, place + lead + MARGIN, reflected)
+    padded = nn.functional.pad(wav, (lead + margin, width + margin - wav.shape[1]))
+    return padded.scatter_(1, place + lead + margin, reflected)

@@ -10,6 +10,7 @@ the mode.
 """
 
 import sys
+import time
 from contextlib import contextmanager
 
 import torch
@@ -144,6 +145,19 @@ def _caller() -> str:
     return f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_code.co_name}"
 
 
+class _Event:
+    """A mark on the host's clock, which the stand-in's kernels keep pace with."""
+
+    def __init__(self, enable_timing=False):
+        self.seconds = None
+
+    def record(self):
+        self.seconds = time.perf_counter()
+
+    def elapsed_time(self, later):
+        return 1000 * (later.seconds - self.seconds)
+
+
 class _Generator(torch.Generator):
     def __new__(cls, device="cpu"):
         return torch._C.Generator()
@@ -155,6 +169,7 @@ def stand_in_gpu(monkeypatch):
     foreach = torch.utils._foreach_utils._get_foreach_kernels_supported_devices
     for place, name, value in (
         (torch, "Generator", _Generator),
+        (torch.cuda, "Event", _Event),
         (torch.cuda, "_lazy_init", lambda: None),
         (torch.cuda, "set_device", lambda device: None),
         (torch.cuda, "get_device_capability", lambda device=None: (9, 0)),

@@ -90,6 +90,28 @@ def test_backends_equal_a_naive_softmax_loop_in_float32(backend, valid):
         torch.testing.assert_close(our.double(), their, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("valid", [None, VALID["ragged"]], ids=["full", "ragged"])
+def test_other_tokens_attend_alike_through_flash_attn_sdpa_and_by_hand(stand_in, valid):
+    qkv, _ = example()
+    dim = qkv.shape[-1] // 3
+    queries, keys_values = torch.randn(len(qkv), 5, dim), qkv[..., dim:]
+
+    def attended(backend):
+        rows = Rows(backend, keys_values, valid)
+        rows.backend = backend
+        return rows.attend_from(queries, rows.pack(keys_values), HEADS)
+
+    ours = attended("flash_attn")
+    assert stand_in == ["flash_attn_func" if valid is None else "flash_attn_varlen_func"]
+    for row in range(len(qkv)):
+        own = keys_values[row] if valid is None else keys_values[row, valid[row]]
+        q = queries[row].unflatten(-1, (HEADS, -1)).transpose(0, 1)
+        k, v = own.unflatten(-1, (2, HEADS, -1)).permute(1, 2, 0, 3)
+        weights = (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(-1)
+        expected = (weights @ v).transpose(0, 1).flatten(-2)
+        torch.testing.assert_close(ours[row], expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("length", [7, 70])  # each side of SHORTEST_HALF_SOFTMAX_ROW
 @pytest.mark.parametrize("backend", ["sdpa", "matmul"])
 @ragged_or_not
@@ -273,13 +295,15 @@ def stand_in_for(module: str, calls: list):
 
     def attend_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
         assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
-        assert cu_seqlens_q[0] == 0 and cu_seqlens_q[-1] == len(q) == len(k) == len(v)
+        assert cu_seqlens_q[0] == cu_seqlens_k[0] == 0 and cu_seqlens_q[-1] == len(q)
+        assert cu_seqlens_k[-1] == len(k) == len(v)
         assert type(max_seqlen_q) is type(max_seqlen_k) is int  # of the host: no synchronisation
         assert cu_seqlens_q.diff().max() <= max_seqlen_q
         assert cu_seqlens_k.diff().max() <= max_seqlen_k
         rows = []
-        for start, end in itertools.pairwise(cu_seqlens_q):
-            row = (part[None, start:end] for part in (q, k, v))
+        bounds = zip(itertools.pairwise(cu_seqlens_q), itertools.pairwise(cu_seqlens_k))
+        for (start, end), (first, last) in bounds:
+            row = (q[None, start:end], k[None, first:last], v[None, first:last])
             rows.append(attend(*row)[0])
         return torch.cat(rows)
 

@@ -11,7 +11,7 @@ import torch
 from speechbrain.utils.epoch_loop import EpochCounter
 from speechbrain.utils.train_logger import FileTrainLogger, TensorboardLogger
 
-from speechbrain_jepa.brain import JEPABrain, default_precision
+from speechbrain_jepa.brain import JEPABrain
 from speechbrain_jepa.checkpointer import AtomicCheckpointer
 from speechbrain_jepa.data import (
     CropDataset,
@@ -25,6 +25,8 @@ from speechbrain_jepa.features import LogMelSpectrogram, Normalization
 from speechbrain_jepa.jepa import JEPA
 from speechbrain_jepa.losses import SmoothL1
 from speechbrain_jepa.masking import UnstructuredMasking
+from speechbrain_jepa.monitors import MetricsTable
+from speechbrain_jepa.precision import default_precision
 from speechbrain_jepa.regularizers import VarianceCovariance
 from speechbrain_jepa.schedules import LinearRamp, WarmupCosine
 from speechbrain_jepa.vit import Encoder, PatchGrid, Predictor
@@ -146,7 +148,7 @@ def test_losses_that_stay_not_finite_stop_the_run_with_the_fix(make_brain, loade
     )
     with pytest.raises(RuntimeError, match=r"3 optimiser steps in a row .*base_learning_rate"):
         brain.fit(brain.counter, *loaders)
-    assert brain.optimizer_step == 3  # one good step and two skipped before the one that stops
+    assert brain.optimizer_step == 4  # one good step, two skipped ones and the one that stops
 
 
 def test_accumulated_batches_weigh_as_much_as_one_large_batch(make_brain, loaders, tmp_path):
@@ -258,14 +260,20 @@ def test_online_probe_is_logged_with_the_losses(make_brain, loaders, audio_folde
 def test_the_first_row_after_a_resume_is_that_of_a_run_never_stopped(
     make_brain, loaders, tmp_path, monkeypatch
 ):
-    """Rows of four steps, a checkpoint after step 2 and a kill in step 4."""
+    """Rows of four steps, validation and a checkpoint after step 2 and a kill in step 4."""
     options = {"ckpt_interval_steps": 2, "ckpt_interval_minutes": 0}
-    whole = make_brain(log_interval=4)
+    whole = make_brain(log_interval=4, valid_every=2)
     whole.fit(whole.counter, *loaders)
-    expected = [row["train_loss"] for row in rows(tmp_path)]
-    assert len(expected) == 2  # of steps 1 to 4, and of 5 and 6
 
-    killed = make_brain(log_interval=4, checkpointer=True, run_opts=options)
+    def logged():
+        table = MetricsTable(tmp_path / "metrics.csv", ["step"]).read()
+        return [(row["step"], row["train_loss"], row["valid_loss"]) for row in table]
+
+    expected = logged()
+    # of steps 1 to 4, and of 5 and 6; validation before them, and after 2, 4 and 6
+    assert [bool(loss) for _, loss, _ in expected] == [False, False, True, False, True, False]
+
+    killed = make_brain(log_interval=4, valid_every=2, checkpointer=True, run_opts=options)
 
     def dies():
         if killed.optimizer_step == 3:
@@ -276,9 +284,9 @@ def test_the_first_row_after_a_resume_is_that_of_a_run_never_stopped(
     )
     with pytest.raises(KeyboardInterrupt):
         killed.fit(killed.counter, *loaders)
-    resumed = make_brain(log_interval=4, checkpointer=True, run_opts=options)
+    resumed = make_brain(log_interval=4, valid_every=2, checkpointer=True, run_opts=options)
     resumed.fit(resumed.counter, *loaders)
-    assert [row["train_loss"] for row in rows(tmp_path)] == expected
+    assert logged() == expected
 
 
 def test_one_validation_clip_makes_the_collapse_alarm_say_that_it_is_blind(
@@ -335,3 +343,67 @@ def test_a_disk_too_full_for_the_log_is_named(make_brain, loaders, small_disk):
             file.write(bytes(2**12))
     with pytest.raises(OSError, match=f"the disk of {small_disk} is full"):
         brain._log("train", {"loss": 1.0})
+
+
+def steps_with(tmp_path, column):
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        return [
+            (int(row["epoch"]), int(row["step"])) for row in csv.DictReader(file) if row[column]
+        ]
+
+
+def test_validation_and_checkpoints_come_every_so_many_steps(make_brain, loaders, tmp_path):
+    """Two epochs of six steps; both come at the end of the run as well."""
+    options = {"ckpt_interval_minutes": 0}
+    brain = make_brain(
+        epochs=2, checkpointer=True, run_opts=options, valid_every=4, checkpoint_every=5
+    )
+    saved = []
+    begin = brain.checkpointer._begin
+    brain.checkpointer._begin = lambda meta, *args: (
+        saved.append(brain.optimizer_step) or begin(meta, *args)
+    )
+    brain.fit(brain.counter, *loaders)
+    assert steps_with(tmp_path, "valid_loss") == [(0, 0), (1, 4), (2, 8), (2, 12)]
+    assert saved == [5, 10, 12]
+    assert brain.checkpointer.find_checkpoint().meta["step"] == 12
+    whole = [p.clone() for p in brain.jepa.parameters()]
+    plain = make_brain(epochs=2)
+    plain.fit(plain.counter, *loaders)  # validation changes nothing
+    assert all(map(torch.equal, plain.jepa.parameters(), whole))
+
+
+@pytest.mark.parametrize("name", ["valid_every", "checkpoint_every"])
+def test_an_interval_of_no_steps_is_refused(make_brain, name):
+    with pytest.raises(ValueError, match=f"{name}=0: must be at least 1 optimiser step"):
+        make_brain(**{name: 0})
+
+
+def test_validation_clips_are_decoded_once(make_brain, loaders, monkeypatch):
+    train, valid = loaders
+    read = []
+    getitems = CropDataset.__getitems__
+    monkeypatch.setattr(
+        CropDataset, "__getitems__", lambda self, keys: read.append(keys) or getitems(self, keys)
+    )
+    brain = make_brain(epochs=2)
+    brain.fit(brain.counter, train, valid)
+    assert len(read) == len(valid) + 2 * len(train)
+
+
+def test_processes_agree_on_a_checkpoint_at_log_intervals_only(make_brain, loaders, monkeypatch):
+    """Rank 0's clock decides, and asking it makes all wait."""
+    asked = []
+    brain = make_brain(
+        epochs=1, checkpointer=True, log_interval=3, run_opts={"ckpt_interval_minutes": 1e-9}
+    )
+    monkeypatch.setattr("speechbrain.core.is_distributed_initialized", lambda: True)
+    monkeypatch.setattr(
+        "torch.distributed.broadcast_object_list",
+        lambda decision, src: asked.append((brain.optimizer_step, *decision)),
+    )
+    saves = []
+    monkeypatch.setattr(brain, "_save_intra_epoch_ckpt", lambda: saves.append(brain.optimizer_step))
+    brain.fit(brain.counter, *loaders)
+    assert asked == [(3, True), (6, True)]
+    assert saves == [3, 6]

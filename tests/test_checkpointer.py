@@ -1,6 +1,7 @@
 """A checkpoint is whole or not there, and a full disk or a kill takes none that was."""
 
 import shutil
+import threading
 
 import pytest
 import torch
@@ -59,3 +60,60 @@ def test_a_half_written_checkpoint_is_never_picked(tmp_path, monkeypatch):
     assert checkpointer.find_checkpoint().path == whole.path
     checkpointer.save_checkpoint()
     assert not leftovers[0].exists()
+
+
+def slow_writing(monkeypatch):
+    """The thread waits for the event that is returned."""
+    go, write = threading.Event(), AtomicCheckpointer._write
+    monkeypatch.setattr(AtomicCheckpointer, "_write", lambda *args: go.wait(60) and write(*args))
+    return go
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """What there was when it was saved is written; the older one stays until it is there."""
+    model = torch.nn.Linear(3, 3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    checkpointer = AtomicCheckpointer(tmp_path, {"model": model, "optimizer": optimizer})
+    older = checkpointer.save_checkpoint()
+    go = slow_writing(monkeypatch)
+    saved = [p.clone() for p in model.parameters()]
+    moment = optimizer.state[model.weight]["exp_avg"].clone()
+    checkpointer.save_and_keep_only()
+    optimizer.step()  # in place, before anything is written
+    checkpointer.finish(wait=False)
+    assert list(tmp_path.glob("CKPT*")) == [older.path]
+    go.set()
+    checkpointer.finish()
+    (newer,) = tmp_path.glob("CKPT*")
+    assert newer != older.path and not list(tmp_path.glob(".partial*"))
+    assert not any(map(torch.equal, model.parameters(), saved))
+    checkpointer.recover_if_possible()
+    assert all(map(torch.equal, model.parameters(), saved))
+    assert torch.equal(optimizer.state[model.weight]["exp_avg"], moment)
+
+
+def test_everything_is_on_the_disk_before_the_checkpoint_has_its_name(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr("speechbrain_jepa.checkpointer.sync", lambda path: synced.append(path))
+    move = AtomicCheckpointer._move_into_place
+
+    def moves(self, partial, final):
+        assert {path.name for path in synced} == {"CKPT.yaml", "state.ckpt", partial.name}
+        move(self, partial, final)
+
+    monkeypatch.setattr(AtomicCheckpointer, "_move_into_place", moves)
+    AtomicCheckpointer(tmp_path, {"state": torch.nn.Linear(2, 2)}).save_checkpoint()
+    assert synced[-1] == tmp_path  # which holds the name
+
+
+def test_a_disk_full_for_the_thread_is_named_at_the_next_call(small_disk):
+    state = torch.nn.Linear(128_000, 1)
+    checkpointer = AtomicCheckpointer(small_disk / "save", {"state": state})
+    first = checkpointer.save_checkpoint()
+    (small_disk / "other").write_bytes(bytes(200_000))
+    checkpointer.save_and_keep_only()
+    with pytest.raises(OSError, match=f"the disk of {small_disk / 'save'} is full"):
+        checkpointer.finish()
+    assert list((small_disk / "save").iterdir()) == [first.path]

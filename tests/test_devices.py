@@ -112,7 +112,7 @@ def test_the_stand_in_notes_what_the_host_waits_for(stand_in, waiting, inference
 # --- pretraining ------------------------------------------------------------------------------
 
 
-def make_brain(tmp_path, strategy, device, precision="fp32"):
+def make_brain(tmp_path, strategy, device, precision="fp32", log_interval=100):
     torch.manual_seed(0)
     jepa = JEPA(
         Encoder(GRID, dim=24, depth=2, num_heads=3),
@@ -132,7 +132,7 @@ def make_brain(tmp_path, strategy, device, precision="fp32"):
             "ema_schedule": LinearRamp(0.9, 0.99),
             "seed": 0,
             "batch_size": CLIPS,
-            "log_interval": 100,
+            "log_interval": log_interval,
             "collapse_share": 0.1,
             "output_folder": str(tmp_path),
             "train_logger": FileTrainLogger(str(tmp_path / "train_log.txt")),
@@ -154,7 +154,6 @@ def train_one_step(brain):
     wav = torch.randn(CLIPS, crop_samples(GRID.frames), generator=generator)
     brain.modules.train()
     brain.step += 1
-    brain.interval.restart()
     return brain.fit_batch(CropBatch(wav, torch.arange(CLIPS)))
 
 
@@ -166,7 +165,7 @@ def on_host(tensor):
 def test_a_pretraining_step_stays_on_its_device(gpu, tmp_path, strategy):
     """On the stand-in, which draws the CPU's masks, loss and weights are those of the CPU."""
     theirs, ours = (make_brain(tmp_path, strategy, device) for device in ("cpu", DEVICE))
-    losses = [train_one_step(brain) for brain in (theirs, ours)]
+    losses = [on_host(train_one_step(brain)) for brain in (theirs, ours)]
     if gpu:
         assert losses[1].isfinite()
         assert {parameter.device for parameter in ours.jepa.parameters()} == {DEVICE}
@@ -178,18 +177,58 @@ def test_a_pretraining_step_stays_on_its_device(gpu, tmp_path, strategy):
         torch.testing.assert_close(on_host(parameter), parameters[name].detach(), msg=name)
 
 
-LOGGED = ["brain.py:optimizers_step", "brain.py:fit_batch"]  # gradient norm and loss
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_an_unstructured_step_waits_for_the_two_numbers_that_are_logged_only(
-    stand_in, tmp_path, precision
+def test_an_unstructured_step_waits_for_nothing_and_an_interval_once(stand_in, tmp_path, precision):
+    brain = make_brain(tmp_path, UnstructuredMasking, DEVICE, precision, log_interval=3)
+    train_one_step(brain)  # the optimiser makes its state
+    stand_in.waits.clear()
+    train_one_step(brain)
+    assert stand_in.waits == []
+    train_one_step(brain)
+    assert stand_in.waits == ["monitors.py:look"]
+    (row,) = brain.metrics.read()
+    assert float(row["train_gradient_norm"]) > 0 and float(row["train_loss"]) > 0
+
+
+class BrokenOnce(SmoothL1):
+    """A loss of infinity in the second batch."""
+
+    calls = 0
+
+    def forward(self, *args):
+        self.calls += 1
+        return super().forward(*args) + (float("inf") if self.calls == 2 else 0.0)
+
+
+@pytest.mark.parametrize("device", ["cpu", DEVICE], ids=str)
+def test_a_step_that_is_not_finite_is_skipped_without_asking_the_device(
+    stand_in, tmp_path, caplog, device
 ):
-    brain = make_brain(tmp_path, UnstructuredMasking, DEVICE, precision)
-    for _ in range(2):
-        stand_in.waits.clear()
-        train_one_step(brain)
-        assert stand_in.waits == LOGGED
+    """Weights, target, what it rounded off, moments and their count stay; one look tells of it."""
+    brain = make_brain(tmp_path, UnstructuredMasking, device, log_interval=3)
+    brain.jepa.loss = BrokenOnce()
+    train_one_step(brain)
+    before = [on_host(tensor).clone() for tensor in state_of(brain)]
+    stand_in.waits.clear()
+    train_one_step(brain)
+    assert stand_in.waits == [] and "skipped" not in caplog.text
+    assert len(before) > 100
+    for ours, theirs in zip(state_of(brain), before, strict=True):
+        assert torch.equal(on_host(ours), theirs)
+    train_one_step(brain)
+    assert "Step 2 skipped" in caplog.text
+    assert (brain.nonfinite_streak, brain.nonfinite_total) == (0, 1)
+    changed = [
+        not torch.equal(on_host(ours), theirs)
+        for ours, theirs in zip(brain.jepa.context_encoder.parameters(), before)
+    ]
+    assert all(changed)
+
+
+def state_of(brain):
+    """All that a step changes, the context encoder's weights first."""
+    moments = [value for state in brain.optimizer.state.values() for value in state.values()]
+    return [*brain.jepa.context_encoder.parameters(), *brain.jepa.parameters(), *moments]
 
 
 def flash_attn_func(q, k, v):
@@ -228,8 +267,8 @@ def test_ragged_rows_are_packed_without_asking_the_device(stand_in, flash_attn, 
     assert [rows.packed for rows in backends] == [True] * 3
     waits = Counter(stand_in.waits)
     assert waits.pop("masking.py:__call__") >= 1  # until every clip has enough context
-    assert waits == Counter([*LOGGED, "masking.py:from_maps"])
-    assert loss.isfinite()
+    assert waits == Counter(["masking.py:from_maps"])
+    assert on_host(loss).isfinite()
 
 
 @pytest.mark.parametrize("strategy", [MultiBlockMasking, TimeMasking])
@@ -286,6 +325,23 @@ def test_validation_and_its_online_probe_stay_on_the_device(gpu, tmp_path):
     brain.on_stage_end(sb.Stage.VALID, loss, epoch=0)
     (row,) = brain.metrics.read()
     assert 0 <= float(row["valid_labelled_accuracy"]) <= 100
+
+
+def test_validation_waits_for_its_masks_and_then_for_its_results(stand_in, tmp_path):
+    """Not for a batch's loss or statistics, ragged as the targets are."""
+    brain = make_brain(tmp_path, MultiBlockMasking, DEVICE)
+    batch = CropBatch(torch.randn(CLIPS, crop_samples(GRID.frames)), torch.arange(CLIPS))
+    brain.valid_batches, brain.valid_clips = [batch] * 3, 3 * CLIPS
+    brain._validate(epoch=0)
+    waits = [wait for wait in stand_in.waits if not wait.startswith("masking.py")]
+    assert set(waits) == {
+        "validation.py:results",
+        "monitors.py:deviation",
+        "monitors.py:effective_rank_of_gram",
+    }
+    assert len(waits) == 4  # two deviations
+    (row,) = brain.metrics.read()
+    assert float(row["valid_embedding_rank"]) > 1
 
 
 # --- AudioJEPA and what is built on it --------------------------------------------------------

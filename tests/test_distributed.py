@@ -3,26 +3,35 @@
 import csv
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from one_rank import ACCUMULATED, EPOCHS, LIMIT, RUNS
 from written_out import (
     BASE_RATE,
     CLIPS,
+    CROP_FRAMES,
     RATE_SHARES,
+    REPOSITORY,
     assert_same_weights,
     in_steps,
     joined,
+    make_brain,
+    recipe_hparams,
     written_out,
 )
 
 from speechbrain_jepa.data import scan_folder
+from speechbrain_jepa.monitors import MetricsTable
+from speechbrain_jepa.validation import KeptBatches
 
 BATCHES = 4  # an epoch, of each process: 24 files, 3 clips
+VALID_CLIPS = 8
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +40,8 @@ def together(audio_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("together")
     manifest, _ = scan_folder(audio_folder, folder / "scan", progress=False)
     for run, part in itertools.product(RUNS, ("train", "valid")):
-        manifest.save(folder / run / "split" / part)
+        items = np.arange(VALID_CLIPS if part == "valid" else len(manifest))
+        manifest.subset(items).save(folder / run / "split" / part)
     worker = str(Path(__file__).with_name("one_rank.py"))
     processes = [
         subprocess.Popen(
@@ -113,12 +123,36 @@ def test_ranks_draw_masks_of_their_own(together):
     assert not any(torch.equal(ours, theirs) for ours in first for theirs in second)
 
 
-def test_ranks_validate_with_the_same_masks(together):
-    _, runs = together
-    first, second = (diary.valid_masks for diary in runs["plain"][1])
-    assert len(first) == len(second) > 0
-    for ours, theirs in zip(first, second):
+def test_ranks_share_the_validation_and_log_what_one_process_measures(
+    together, audio_folder, tmp_path, monkeypatch
+):
+    """Three batches: rank 0 has the first and the last. Masks go with the batch."""
+    folder, runs = together
+    start, diaries = runs["plain"]
+    masks = [diary.valid_masks for diary in diaries]
+    times = 1 + EPOCHS
+    assert [len(rank) for rank in masks] == [2 * times, times]
+
+    monkeypatch.syspath_prepend(REPOSITORY)
+    from train import make_loaders
+
+    shutil.copytree(folder / "plain" / "split", tmp_path / "split")
+    options = dict(batch_size=CLIPS, crop_frames=CROP_FRAMES, num_workers=0)
+    options["data_folder"] = audio_folder
+    _, loader = make_loaders(recipe_hparams("jepa_unstructured", tmp_path, **options))
+    alone = make_brain(tmp_path, EPOCHS)
+    alone.jepa.load_state_dict(start.state_dict())
+    alone.valid_batches, alone.valid_clips = KeptBatches(loader), VALID_CLIPS
+    alone._validate(epoch=0)
+    together_masks = (masks[0][0], masks[1][0], masks[0][1])
+    for ours, theirs in zip(alone.diary.valid_masks, together_masks, strict=True):
         assert torch.equal(ours.target_index, theirs.target_index)
+    (expected,) = alone.metrics.read()
+    logged = MetricsTable(folder / "plain" / "metrics.csv", ["step"]).read()[0]
+    names = [name for name, value in expected.items() if name.startswith("valid_") and value]
+    assert len(names) == 4
+    for name in names:
+        assert float(logged[name]) == pytest.approx(float(expected[name]), rel=1e-4), name
 
 
 def test_crops_of_the_ranks_are_disjoint_and_cover_the_epoch(together):

@@ -51,10 +51,10 @@ def assert_relatively_close(actual, expected, tolerance=1e-5):
     assert deviation < tolerance, f"relative deviation {deviation:.2g}"
 
 
-def embed_slowly(model, wav):
+def embed_slowly(model, wav, **front_end):
     """One clip, by the definition: log-mel of the clip alone, windows one by one."""
     encoder, grid = model.encoder, model.encoder.grid
-    log_mel = LogMelSpectrogram()(wav[None])[..., : math.ceil(len(wav) / HOP_LENGTH)]
+    log_mel = LogMelSpectrogram(**front_end)(wav[None])[..., : math.ceil(len(wav) / HOP_LENGTH)]
     missing = -log_mel.shape[2] % grid.patch_time
     spectrogram = (F.pad(log_mel, (0, missing), value=SILENCE) - NORMALIZATION[0]) / (
         NORMALIZATION[1]
@@ -123,6 +123,21 @@ def test_a_class_token_is_no_part_of_the_time_steps_and_none_of_the_batch():
         assert alone.shape[1] == model.get_output_dim() == 120
         assert_relatively_close(frames[number, : len(alone)], alone)
         assert_relatively_close(clips[number], alone.mean(0))
+
+
+@pytest.mark.parametrize("front_end", [{"n_fft": 1024}, {"n_fft": 200, "n_mels": 16}], ids=str)
+def test_another_front_end_is_kept_in_the_folder_and_computed(tmp_path, front_end):
+    encoder = make_encoder(bands=front_end.get("n_mels", 80))
+    parts = (encoder, Normalization(*NORMALIZATION), LogMelSpectrogram(**front_end))
+    AudioJEPA(parts).save_pretrained(tmp_path / "ours")
+    model, wavs = AudioJEPA(tmp_path / "ours"), [noise(50_000), noise(700, 1), noise(40_001, 2)]
+    frames = model(*pad(wavs))
+    for wav, own in zip(wavs, frames):
+        expected = embed_slowly(model, wav, **front_end)
+        assert_relatively_close(own[: len(expected)], expected)
+    again = AudioJEPA(model.save_pretrained(tmp_path / "again"))
+    assert torch.equal(again(*pad(wavs)), frames)
+    assert f"windows of {front_end['n_fft']} samples" in (tmp_path / "ours/README.md").read_text()
 
 
 def test_what_the_padding_holds_does_not_matter():

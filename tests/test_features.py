@@ -18,17 +18,19 @@ from speechbrain_jepa.features import (
 )
 
 
-def numpy_log_mel(wav: np.ndarray, centered: bool = True) -> np.ndarray:
+def numpy_log_mel(
+    wav: np.ndarray, centered: bool = True, n_fft: int = 400, n_mels: int = 80
+) -> np.ndarray:
     """The paper's settings written out in float64: one clip [samples] to [80, frames]."""
     wav = wav.astype(np.float64)
     if centered:
-        wav = np.pad(wav, 200, mode="reflect")
-    hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 400)  # periodic
-    starts = range(0, len(wav) - 400 + 1, 160)
-    frames = np.stack([wav[start : start + 400] * hann for start in starts])
+        wav = np.pad(wav, n_fft // 2, mode="reflect")
+    hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(n_fft) / n_fft)  # periodic
+    starts = range(0, len(wav) - n_fft + 1, 160)
+    frames = np.stack([wav[start : start + n_fft] * hann for start in starts])
     power = np.abs(np.fft.rfft(frames, axis=1)) ** 2
     filterbank = librosa.filters.mel(
-        sr=16_000, n_fft=400, n_mels=80, fmin=50, fmax=8_000, htk=False, norm="slaney"
+        sr=16_000, n_fft=n_fft, n_mels=n_mels, fmin=50, fmax=8_000, htk=False, norm="slaney"
     )
     # float32 machine epsilon, 2 ** -23
     return np.log(filterbank.astype(np.float64) @ power.T + 2.0**-23)
@@ -61,6 +63,33 @@ def test_log_mel_equals_librosa_filterbank_with_a_numpy_transform(wav):
     ours = LogMelSpectrogram()(wav)
     assert ours.dtype == torch.float32
     np.testing.assert_allclose(ours[0].numpy(), numpy_log_mel(wav[0].numpy()), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("n_fft", "n_mels"), [(1024, 80), (1024, 128), (640, 64), (200, 16)])
+def test_another_window_or_number_of_bands_equals_librosa_and_numpy_too(n_fft, n_mels):
+    log_mel, wav = LogMelSpectrogram(n_fft, n_mels), noise(16_000)
+    ours = log_mel(wav)
+    expected = numpy_log_mel(wav[0].numpy(), n_fft=n_fft, n_mels=n_mels)
+    assert ours.shape == (1, n_mels, num_frames(16_000))
+    np.testing.assert_allclose(ours[0].numpy(), expected, rtol=0, atol=1e-4)
+    samples = crop_samples(10, n_fft)
+    crop = log_mel(wav[:, 20 * 160 - n_fft // 2 :][:, :samples], margins=True)
+    torch.testing.assert_close(crop, ours[..., 20:30], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"n_mels": 256}, "n_mels=256: .* hold no bin of a transform of n_fft=400"),
+        ({"n_fft": 128}, "n_fft=128: must be even, from 160 to 16384"),
+        ({"n_fft": 401}, "n_fft=401: must be even"),
+        ({"n_mels": 0}, "n_mels=0: must be from 1 to 512"),
+    ],
+    ids=str,
+)
+def test_a_front_end_that_cannot_be_is_an_error(options, words):
+    with pytest.raises(ValueError, match=words):
+        LogMelSpectrogram(**options)
 
 
 def test_mel_filterbank_equals_librosa_to_float32_rounding():

@@ -1,6 +1,7 @@
 """The JEPA of section 3: what trains, what follows, and that a clip is on its own in a batch."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,13 @@ import torch
 
 from speechbrain_jepa.jepa import JEPA
 from speechbrain_jepa.losses import NormalizedL2, SmoothL1, SmoothL1Norms
-from speechbrain_jepa.masking import MultiBlockMasking, TimeMasking, UnstructuredMasking
+from speechbrain_jepa.masking import (
+    MultiBlockMasking,
+    PatchMasks,
+    TimeMasking,
+    UnstructuredMasking,
+    for_grid,
+)
 from speechbrain_jepa.vit import Encoder, PatchGrid, Predictor
 
 GRID = PatchGrid(frames=208)
@@ -409,3 +416,206 @@ def test_an_unknown_target_domain_is_refused_with_the_two_there_are(wrong):
 def test_a_spectrogram_of_another_size_is_refused():
     with pytest.raises(ValueError, match=r"expected \(2, 80, 208\)"):
         build()(torch.zeros(2, 80, 192), UnstructuredMasking(GRID)(2))
+
+
+# --- targets of all layers ---------------------------------------------------------------------
+
+
+@all_domains
+@all_strategies
+def test_targets_of_all_layers_are_the_mean_of_each_normalised(domain, strategy):
+    """Clip by clip, layer by layer, in numpy; EAT and data2vec average what leaves each block."""
+    jepa, masks, spectrogram = build(domain, target_layers="all"), draw(strategy), batch()
+    targets = jepa.targets(spectrogram, masks)
+    for row in range(len(masks)):
+        own = masks.clip(row)
+        visible = own.target_index if domain == "audio" else None
+        layers = jepa.target_encoder(spectrogram[row, None], visible, all_layers=True)[1:, 0]
+        layers = layers if domain == "audio" else layers[:, own.target_index[0]]
+        layers = layers.detach().double().numpy()
+        normal = [(x - x.mean(1, keepdims=True)) / x.std(1, keepdims=True) for x in layers]
+        mean = np.mean(normal, 0)
+        expected = (mean - mean.mean(1, keepdims=True)) / mean.std(1, keepdims=True)
+        ours = targets[row, : expected.shape[0]]
+        np.testing.assert_allclose(ours, expected, atol=1e-4)
+    assert len(layers) == 2
+
+
+def test_one_layer_is_the_same_by_either_name():
+    torch.manual_seed(0)
+    encoder = Encoder(GRID, dim=48, depth=1, num_heads=3)
+    predictor = Predictor(GRID, encoder_dim=48, dim=32, depth=1, num_heads=4)
+    one, all_of_one = (
+        JEPA(encoder, predictor, SmoothL1(), "latent", target_layers=name)
+        for name in ("last", "all")
+    )
+    masks = draw("unstructured")
+    assert_close(all_of_one.targets(batch(), masks), one.targets(batch(), masks))
+
+
+def test_unknown_target_layers_are_an_error():
+    with pytest.raises(ValueError, match="target_layers='first': choose one of last, all"):
+        build(target_layers="first")
+
+
+# --- many masks for one pass of the target encoder ---------------------------------------------
+
+
+@all_strategies
+def test_many_masks_per_clip_are_as_many_batches_of_one(strategy):
+    """Loss and gradients are the mean of those of each mask alone; ragged rows included."""
+    jepa, spectrogram = build("latent"), batch()
+    masks = draw(strategy, clips=18)
+    output = jepa(spectrogram, masks)
+    singles = []
+    for number in range(3):
+        rows = torch.arange(number, 18, 3)
+        parts = {
+            name: value[rows]
+            for name, value in vars(masks).items()
+            if isinstance(value, torch.Tensor)
+        }
+        singles.append(jepa(spectrogram, PatchMasks(**parts)))
+        assert_close(output.targets[rows], singles[-1].targets)
+    mean = sum(single.loss for single in singles) / 3
+    assert_close(output.loss, mean)
+    ours, theirs = gradients(jepa, output.loss), gradients(jepa, mean)
+    for name in ours:
+        assert_close(ours[name], theirs[name], relative=1e-4)
+
+
+def test_the_target_encoder_sees_a_clip_once_for_all_its_masks():
+    jepa, seen = build("latent", target_layers="all"), []
+    jepa.target_encoder.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    jepa(batch(), draw("unstructured", clips=24))
+    assert seen == [6]
+
+
+def test_masks_that_cannot_share_a_pass_are_an_error():
+    with pytest.raises(ValueError, match=r"4 masks per clip .* use target_masking=latent"):
+        build("audio")(batch(), draw("unstructured", clips=24))
+    for rows in (3, 9):
+        with pytest.raises(ValueError, match=f"masks for {rows} clips"):
+            build("latent")(batch(), draw("unstructured", clips=rows))
+
+
+# --- cheaper predictors -------------------------------------------------------------------------
+
+
+def with_cross_attention(jepa):
+    jepa.predictor.cross_attention = True  # the parameters are the same
+    return jepa
+
+
+def predict_slowly(predictor, context, context_index, target_index):
+    """One clip, target by target: full attention over the context and that target alone, where
+    the context's tokens are put back after each layer and the target does not see itself."""
+    positions = predictor.positions
+    context = predictor.proj_in(context) + positions[context_index]
+    out = []
+    for place in target_index:
+        x = predictor.mask_token + positions[place]
+        for block in predictor.blocks:
+            heads, dim = block.attn.num_heads, len(x)
+            q = block.attn.qkv(block.norm1(x))[:dim].view(heads, -1)
+            _, k, v = (
+                block.attn.qkv(block.norm1(context)).view(len(context), 3, heads, -1).unbind(1)
+            )
+            weights = (torch.einsum("hd,nhd->hn", q, k) / q.shape[-1] ** 0.5).softmax(-1)
+            x = x + block.attn.proj(torch.einsum("hn,nhd->hd", weights, v).flatten())
+            x = x + block.mlp.fc2(torch.nn.functional.gelu(block.mlp.fc1(block.norm2(x))))
+        out.append(predictor.proj_out(predictor.norm(x)))
+    return torch.stack(out)
+
+
+@all_strategies
+def test_cross_attention_is_each_target_on_its_own_over_the_context(strategy):
+    jepa, masks, spectrogram = with_cross_attention(build()), draw(strategy), batch()
+    predictions = jepa(spectrogram, masks).predictions
+    for row in range(0, len(masks), 2):
+        own = masks.clip(row)
+        context = jepa.context_encoder(spectrogram[row, None], own.context_index)
+        expected = predict_slowly(
+            jepa.predictor, context[0], own.context_index[0], own.target_index[0]
+        )
+        assert_close(predictions[row, : len(expected)], expected, relative=1e-4)
+
+
+def test_cross_attention_in_bfloat16_is_near_float32():
+    """The batched matrix products that stand for sdpa on a CPU, ragged rows included."""
+    jepa, masks = with_cross_attention(build()), draw("multi-block")
+    exact = jepa(batch(), masks)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = jepa(batch(), masks)
+    valid = masks.target_valid
+    assert_close(half.predictions[valid].float(), exact.predictions[valid], relative=0.05)
+    ours, theirs = gradients(jepa, half.loss), gradients(jepa, exact.loss)
+    name = "predictor.blocks.0.attn.qkv.weight"
+    assert_close(ours[name], theirs[name], relative=0.1)
+
+
+@all_domains
+@all_strategies
+def test_a_share_of_the_targets_are_those_of_all_of_them(domain, strategy):
+    """With cross-attention a prediction does not depend on the others, so each must be the same."""
+    jepa, masks = with_cross_attention(build(domain)), draw(strategy)
+    some = masks.predicting(0.4, torch.Generator().manual_seed(3))
+    every, part = jepa(batch(), masks), jepa(batch(), some)
+    losses = []
+    for row in range(len(masks)):
+        own = masks.clip(row).target_index.shape[1]
+        kept = some.predicted[row]
+        kept = kept if some.predicted_valid is None else kept[some.predicted_valid[row]]
+        assert len(kept) == round(0.4 * own + 1e-9) and kept.max() < own
+        assert (kept.diff() > 0).all()
+        assert torch.equal(some.predicted_index[row, : len(kept)], masks.target_index[row, kept])
+        assert_close(part.predictions[row, : len(kept)], every.predictions[row, kept])
+        assert_close(part.targets[row, : len(kept)], every.targets[row, kept])
+        pair = (part.predictions[row, None, : len(kept)], part.targets[row, None, : len(kept)])
+        losses.append(jepa.loss(*pair))
+    assert_close(part.loss, torch.stack(losses).mean())
+
+
+def test_every_target_is_predicted_as_often_as_any_other():
+    masks = draw("multi-block", clips=3000)
+    some = masks.predicting(0.25, torch.Generator().manual_seed(0))
+    chosen = torch.zeros(masks.target_index.shape).scatter_add_(
+        1, some.predicted, some.predicted_valid.float()
+    )
+    early, late = chosen[:, :5].mean(), chosen[masks.target_valid].mean()
+    assert abs(early - late) < 0.02
+
+
+def test_a_share_that_cannot_be_is_an_error():
+    for share in (0, 1.5, -1):
+        with pytest.raises(ValueError, match=r"predicted_share=.*above 0 and at most 1"):
+            draw("unstructured").predicting(share)
+
+
+# --- several durations --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cross", [False, True])
+@all_domains
+def test_a_shorter_crop_is_as_with_a_grid_of_its_own(domain, cross):
+    """Same weights in a JEPA that was built for 64 frames."""
+    jepa, short = build(domain), PatchGrid(frames=64)
+    own = build(domain, grid=short)
+    own.load_state_dict(jepa.state_dict())
+    own.predictor.cross_attention = jepa.predictor.cross_attention = cross
+    masks = for_grid(MultiBlockMasking(GRID, num_targets=2), short)(6)
+    theirs = own(batch(frames=64), masks)
+    ours = jepa(batch(frames=64), replace(masks, frames=64))
+    # the grid's positions are those of the shorter one, to float32's rounding of sine and cosine
+    assert_close(ours.targets, theirs.targets)
+    assert_close(ours.predictions, theirs.predictions)
+    assert_close(ours.loss, theirs.loss)
+
+
+def test_a_crop_that_the_masks_are_not_for_is_an_error():
+    masks = UnstructuredMasking(PatchGrid(frames=64))(6)
+    for frames, meant in ((208, 64), (64, None), (48, 64)):
+        with pytest.raises(ValueError, match=r"expected \(6, 80, (64|208)\)"):
+            build()(batch(frames=frames), replace(masks, frames=meant))
+    with pytest.raises(ValueError, match="cut longer audio"):
+        build()(batch(frames=224), replace(masks, frames=224))

@@ -5,6 +5,7 @@ m frequencies are tested exactly, each two-sided at ALPHA / m (Bonferroni), dist
 chi-square at ALPHA, with at least 10 expected in every cell.
 """
 
+import inspect
 import itertools
 import math
 import random
@@ -17,11 +18,13 @@ import pytest
 import torch
 from scipy.stats import binom, chi2, chi2_contingency, hypergeom
 
+from speechbrain_jepa.inverse_blocks import InverseBlockMasking
 from speechbrain_jepa.masking import (
     MultiBlockMasking,
     PatchMasks,
     TimeMasking,
     UnstructuredMasking,
+    for_grid,
 )
 from speechbrain_jepa.vit import PatchGrid
 
@@ -665,3 +668,73 @@ def test_the_mean_context_of_the_defaults_is_the_sum_of_its_closed_form():
     deviation = context.sum(1).std() / math.sqrt(8_000)
     limit = NormalDist().inv_cdf(1 - ALPHA / 2)
     assert abs(context.sum(1).mean() - expected) < limit * deviation
+
+
+# --- inverse blocks -----------------------------------------------------------------------------
+
+
+def inverse_maps(clips=4000, block=(3, 3), share=0.8, grid=None):
+    grid = grid or PatchGrid(frames=208)
+    masks = InverseBlockMasking(grid, share, block)(clips, generator=seeded(0))
+    context = torch.zeros(clips, grid.num_patches).scatter_(1, masks.context_index, 1.0)
+    target = torch.zeros(clips, grid.num_patches).scatter_(1, masks.target_index, 1.0)
+    assert torch.equal(context + target, torch.ones_like(context))
+    assert (masks.context_index.diff() > 0).all() and (masks.target_index.diff() > 0).all()
+    return context.view(clips, grid.frequency_patches, grid.time_patches)
+
+
+def test_inverse_blocks_have_the_share_and_reach_every_patch_alike():
+    context = inverse_maps()
+    assert (context.sum((1, 2)) == 13).all()
+    # 4000 draws at 0.2: a deviation of 0.006; the last block's cut is not quite even
+    assert (context.mean(0) - 0.2).abs().max() < 0.04
+
+
+def test_inverse_blocks_are_blocks():
+    """Of 13 patches, two neighbours go together far oftener than 13 of 65 at random do."""
+    context = inverse_maps()
+    both = (context[:, :, 1:] * context[:, :, :-1]).mean() / 0.2
+    assert both > 0.6  # at random 12 / 64
+    whole = context.unfold(1, 3, 1).unfold(2, 3, 1).amin((-2, -1)).flatten(1).any(1)
+    assert whole.float().mean() > 0.3  # at random 33 places x (1e-5 to hold nine of 13): none
+
+
+def test_inverse_blocks_of_one_patch_are_unstructured():
+    context = inverse_maps(block=(1, 1))
+    both = (context[:, :, 1:] * context[:, :, :-1]).mean() / 0.2
+    assert abs(both - 12 / 64) < 0.02
+
+
+@pytest.mark.parametrize("block", [(6, 3), (3, 14), (0, 3), (3,)])
+def test_inverse_blocks_that_do_not_fit_are_an_error(block):
+    with pytest.raises(ValueError, match=r"needs 1 to 5 frequency and 1 to 13 time"):
+        InverseBlockMasking(PatchGrid(frames=208), block=block)
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        UnstructuredMasking(GRID, target_share=0.7),
+        MultiBlockMasking(GRID, num_targets=2, target_aspect=(1.0, 1.0), min_context_patches=2),
+        TimeMasking(GRID, num_targets=1, context_share=(0.9, 1.0)),
+        InverseBlockMasking(GRID, 0.7, block=(2, 4)),
+    ],
+    ids=lambda strategy: type(strategy).__name__,
+)
+def test_a_strategy_for_another_grid_is_one_built_for_it(strategy):
+    other = PatchGrid(frames=320)
+    settings = {name: value for name, value in vars(strategy).items() if name != "grid"}
+    ours = for_grid(strategy, other)
+    names = set(inspect.signature(type(strategy)).parameters) - {"grid"}
+    assert {name: settings[name] for name in names} == {name: getattr(ours, name) for name in names}
+    masks = ours(64, generator=seeded(0))
+    assert masks.target_index.max() == other.num_patches - 1
+
+
+def test_a_strategy_that_forgets_its_arguments_cannot_be_built_again():
+    class Forgetful(UnstructuredMasking):
+        def __init__(self, grid, odd_share):
+            super().__init__(grid, odd_share)
+
+    with pytest.raises(TypeError, match="Forgetful does not keep its odd_share"):
+        for_grid(Forgetful(GRID, 0.6), PatchGrid(frames=320))

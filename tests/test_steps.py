@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from speechbrain_jepa import AudioJEPA, embed, hear
 from speechbrain_jepa.checkpoints import save_pretrained
 from speechbrain_jepa.data.clips import find_audio, read_audio
-from speechbrain_jepa.features import HOP_LENGTH, MARGIN, LogMelSpectrogram, Normalization
+from speechbrain_jepa.features import HOP_LENGTH, N_FFT, LogMelSpectrogram, Normalization
 from speechbrain_jepa.s3prl import hubconf
 from speechbrain_jepa.s3prl.expert import UpstreamExpert
 from speechbrain_jepa.vit import Encoder, PatchGrid
@@ -203,8 +203,12 @@ def test_output_norm_is_speechbrains_layer_norm_of_a_clip():
 class FrameTimes(torch.nn.Module):
     """In the place of log-mel: the sample at each frame's centre, in all 80 bands."""
 
+    n_fft = N_FFT
+
     def forward(self, wav, margins):
-        return wav[:, MARGIN : 1 - MARGIN : HOP_LENGTH, None].transpose(1, 2).repeat(1, 80, 1)
+        return (
+            wav[:, N_FFT // 2 : 1 - N_FFT // 2 : HOP_LENGTH, None].transpose(1, 2).repeat(1, 80, 1)
+        )
 
 
 class PatchMeans(torch.nn.Module):

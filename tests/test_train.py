@@ -38,6 +38,7 @@ SMALL = {
     "--norm_crops": "16",
     "--log_interval": "1",
     "--device": "cpu",
+    "--report": "False",
 }
 
 
@@ -85,7 +86,7 @@ def reproducible(rows):
 def finished(audio_folder, tmp_path_factory):
     """An uninterrupted run of 3 epochs, 5 steps each."""
     output = tmp_path_factory.mktemp("finished")
-    done = run(output, audio_folder, "--precision", "fp32")
+    done = run(output, audio_folder, "--precision", "fp32", "--report", "True")
     assert done.returncode == 0, done.stdout
     return output, done
 
@@ -99,6 +100,14 @@ def test_training_leaves_logs_checkpoint_and_pretrained_folder(finished):
     assert (output / "pretrained" / "model.safetensors").exists()
     assert "epoch: 3, step: 15" in (output / "train_log.txt").read_text()
     assert str(output / "pretrained") in done.stdout
+
+
+def test_training_ends_with_a_report(finished):
+    output, done = finished
+    assert f"Report: {output / 'report.html'}" in done.stdout
+    page = (output / "report.html").read_text(encoding="utf-8")
+    assert "15</b>" in page and "--report True" in page  # steps, and the command
+    assert page.count('src="data:image/png;base64,') == 2  # curves and masks
 
 
 def test_the_pretrained_folder_says_what_ran(finished):
@@ -148,9 +157,13 @@ def settings(data, output, cache, **others):
         "min_seconds": 0.2,
         "valid_share": 0.02,
         "max_valid": 1024,
+        "n_fft": 400,
+        "mixed_frames": None,
         "crop_frames": 208,
         "decode_once": False,
         "passes_per_epoch": 1,
+        "crops_per_file": 1,
+        "log_interval": 50,
         "batch_size": 4,
         "num_workers": 0,
         "seed": 0,

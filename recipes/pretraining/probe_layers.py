@@ -9,10 +9,9 @@ over time, its mean and deviation, and all layers together.
 import argparse
 
 import numpy as np
-import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from speechbrain_jepa import AudioJEPA
+from speechbrain_jepa.evaluation.online_probe import embed_with
 from speechbrain_jepa.evaluation.quick_probe import (
     embed_files,
     files_used,
@@ -21,17 +20,10 @@ from speechbrain_jepa.evaluation.quick_probe import (
 )
 
 
-@torch.inference_mode()
 def statistics(encoder: AudioJEPA, wavs: list[np.ndarray]) -> np.ndarray:
     """Mean and deviation over each clip's own time steps of every layer: [clips, L, 2, C]."""
-    samples = torch.tensor([len(wav) for wav in wavs])
-    wav = pad_sequence([torch.from_numpy(wav) for wav in wavs], batch_first=True)
-    layers = encoder(wav, samples.double() / samples.max())
-    own = torch.arange(layers.shape[2]) < encoder.num_steps(samples)[:, None]
-    own, count = own[None, ..., None], own.sum(1)[None, :, None]
-    mean = (layers * own).sum(2) / count
-    square = ((layers - mean[:, :, None]) * own).square().sum(2) / count
-    return torch.stack([mean, square.sqrt()], 2).transpose(0, 1).numpy()
+    layers = embed_with(encoder)(wavs).swapaxes(0, 1)
+    return layers.reshape(*layers.shape[:2], 2, -1)
 
 
 def read_outs(features: np.ndarray) -> dict[str, np.ndarray]:
@@ -49,7 +41,7 @@ def main(arguments=None) -> None:
     parser.add_argument("encoder", help="a pretrained folder, an experiment folder, a repo id")
     parser.add_argument("--tasks_folder", required=True, help="of meta.csv files")
     options = parser.parse_args(arguments)
-    encoder = AudioJEPA(options.encoder, output_all_hiddens=True)
+    encoder = AudioJEPA(options.encoder, output_all_hiddens=True, pooling="mean_std")
     shape = (encoder.num_layers, 2, encoder.get_output_dim())
     label_sets = read_label_sets(options.tasks_folder)
     embed = {"all": [lambda wavs: statistics(encoder, wavs).reshape(len(wavs), -1)]}

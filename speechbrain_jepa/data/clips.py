@@ -1,5 +1,6 @@
 """Whole files, for embedding: found, decoded in threads, and batched by their length."""
 
+import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +16,8 @@ from speechbrain_jepa.data.audio import UnreadableAudio, read_whole
 from speechbrain_jepa.data.listing import list_audio
 from speechbrain_jepa.data.resampling import resample
 from speechbrain_jepa.features import SAMPLE_RATE
+
+logger = logging.getLogger(__name__)
 
 BATCH_SECONDS = 600.0  # of audio, padding included
 READ_AHEAD = 16  # files decoded in advance, for each thread
@@ -146,6 +149,30 @@ def read_clips(
         wavs.append(wav)
     if wavs:
         yield _collate(names, wavs)
+
+
+def waveforms(source, max_clips: int, num_workers: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Pairs of waveforms and wav_lens, to measure something on.
+
+    Arguments
+    ---------
+    source : str, Path, list of them, or iterable of batches
+        See `speechbrain_jepa.AudioJEPA.fit_normalization`.
+    max_clips : int
+        Of files, so many at most are read, evenly spread.
+    num_workers : int
+        Decoding threads.
+    """
+    if isinstance(source, str | os.PathLike):
+        source = [source]
+    if isinstance(source, list | tuple) and isinstance(source[0], str | os.PathLike):
+        files = find_audio(source)
+        files = files[:: -(-len(files) // max_clips)]
+        for batch in read_clips(files, num_workers=num_workers, on_failure=logger.warning):
+            yield batch.wav, batch.wav_lens
+        return
+    for batch in source:
+        yield tuple(batch) if isinstance(batch, tuple | list) else (batch, None)
 
 
 def _read_ahead(files, num_workers: int, on_failure) -> Iterator[tuple[str, Tensor]]:

@@ -7,11 +7,14 @@ from functools import cache, lru_cache
 import numpy as np
 import torch
 import torchaudio
+from torch import Tensor
 
 from speechbrain_jepa.features import SAMPLE_RATE
 
 LARGEST_TERM = 640  # of a ratio in lowest terms: a filter has at most 640 x 652 taps, 1.7 MB
 FILTERS_KEPT = 16  # 27 MB at most
+BLOCK = 160  # output samples of one row of the product, at least
+GROUP = 16  # neighbouring output samples that share a window
 
 
 @cache
@@ -35,13 +38,70 @@ def resampling_ratio(sample_rate: int) -> tuple[int, int]:
     return ratio.numerator, ratio.denominator
 
 
+class Polyphase:
+    """torchaudio's filter for one ratio, as a matrix product that leaves out most of its zeros.
+
+    torchaudio convolves with `new` kernels that are each as long as a whole period of the ratio:
+    475 taps from 44.1 to 16 kHz, of which a kernel has 34 that are not zero. Neighbouring outputs
+    look at nearly the same input: 16 of them share a window of 79 samples, and the ten groups of a
+    period, whose windows are 44 samples apart, are one batched product [10, periods, 79] x
+    [10, 79, 16]. What comes out is torchaudio's result to the rounding of float32.
+
+    Arguments
+    ---------
+    old, new : int
+        The ratio in lowest terms.
+
+    Example
+    -------
+    >>> wav = torch.randn(441 * 20)
+    >>> theirs = torchaudio.transforms.Resample(441, 160)(wav)
+    >>> bool(torch.allclose(Polyphase(441, 160)(wav, 20), theirs, atol=1e-6))
+    True
+    """
+
+    def __init__(self, old: int, new: int):
+        transform = torchaudio.transforms.Resample(old, new)
+        kernels = transform.kernel[:, 0]
+        self.width: int = transform.width  # samples that the filter reaches to either side
+        self.old, self.new = old, new
+        self.periods = -(-BLOCK // new)  # in a row
+        groups = -(-self.periods * new // GROUP)
+        self.shift = round(GROUP * old / new)  # from the window of a group to that of the next
+        is_tap = (kernels != 0).int()
+        first_taps, last_taps = is_tap.argmax(1), kernels.shape[1] - 1 - is_tap.flip(1).argmax(1)
+        output = torch.arange(self.periods * new)
+        period, phase, group = output // new, output % new, output // GROUP
+        begins = period * old + first_taps[phase] - group * self.shift  # in the group's window
+        self.begin = int(begins.min())
+        size = int((period * old + last_taps[phase] - group * self.shift).max()) + 1 - self.begin
+        self.taps = torch.zeros(groups, size, GROUP)
+        for place, begin in enumerate((begins - self.begin).tolist()):
+            taps = kernels[phase[place], first_taps[phase[place]] : last_taps[phase[place]] + 1]
+            self.taps[place // GROUP, begin : begin + len(taps), place % GROUP] = taps
+
+    def __call__(self, wav: Tensor, blocks: int) -> Tensor:
+        """Samples [blocks * new] of wav [samples], silence before and after."""
+        groups, size, _ = self.taps.shape
+        rows, step = -(-blocks // self.periods), self.periods * self.old
+        before = max(self.width, -self.begin)
+        begin = before - self.width + self.begin
+        reach = begin + (rows - 1) * step + (groups - 1) * self.shift + size
+        used = min(len(wav), rows * step + self.width)
+        padded = torch.zeros(max(reach, before + used))
+        padded[before : before + used] = wav[:used]
+        windows = padded.as_strided((groups, rows, size), (self.shift, step, 1), begin)
+        out = torch.bmm(windows, self.taps).transpose(0, 1).reshape(rows, -1)
+        return out[:, : self.periods * self.new].reshape(-1)[: blocks * self.new]
+
+
 @lru_cache(FILTERS_KEPT)
-def _filter(old: int, new: int) -> torchaudio.transforms.Resample:
-    return torchaudio.transforms.Resample(old, new)
+def _filter(old: int, new: int) -> Polyphase:
+    return Polyphase(old, new)
 
 
-def resampler(sample_rate: int) -> torchaudio.transforms.Resample:
-    """Resampling to 16 kHz by `resampling_ratio`; the last 16 filters are kept."""
+def polyphase(sample_rate: int) -> Polyphase:
+    """The filter to 16 kHz by `resampling_ratio`; the last 16 are kept."""
     return _filter(*resampling_ratio(sample_rate))
 
 
@@ -60,7 +120,7 @@ def resampled_length(length: int, sample_rate: int) -> int:
 def spare_blocks(sample_rate: int) -> int:
     """How many blocks of `old` samples the filter reaches to either side."""
     old, _ = resampling_ratio(sample_rate)
-    return math.ceil(resampler(sample_rate).width / old)
+    return math.ceil(polyphase(sample_rate).width / old)
 
 
 def resample(wav: np.ndarray, sample_rate: int, blocks: int | None = None) -> np.ndarray:
@@ -80,11 +140,7 @@ def resample(wav: np.ndarray, sample_rate: int, blocks: int | None = None) -> np
     array [samples], float32
     """
     old, new = resampling_ratio(sample_rate)
-    length = resampled_length(len(wav), sample_rate) if blocks is None else blocks * new
     if old == new:
         return wav
-    if blocks is None:
-        blocks = math.ceil(length / new) + spare_blocks(sample_rate)
-    # whole blocks: torchaudio works out the length of others in float32, and may drop a sample
-    wav = np.pad(wav, (0, blocks * old - len(wav)))
-    return resampler(sample_rate)(torch.from_numpy(wav)).numpy()[:length]
+    length = resampled_length(len(wav), sample_rate) if blocks is None else blocks * new
+    return polyphase(sample_rate)(torch.from_numpy(wav), math.ceil(length / new))[:length].numpy()

@@ -4,23 +4,28 @@ import hashlib
 import json
 import logging
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from speechbrain_jepa.data import shards
-from speechbrain_jepa.data.audio import UnreadableAudio, read_header
-from speechbrain_jepa.data.listing import EXTENSIONS, list_audio
+from speechbrain_jepa.data.audio import UnreadableAudio, read_header, read_samples
+from speechbrain_jepa.data.listing import EXTENSIONS, NUM_THREADS, list_audio
 from speechbrain_jepa.data.manifest import Manifest
 from speechbrain_jepa.data.segments_csv import read_rows
 from speechbrain_jepa.data.shards import ShardMember
+from speechbrain_jepa.data.shares import Share, missing_shares
 from speechbrain_jepa.data.skipped import SkippedFiles
 from speechbrain_jepa.files import folder_lock, partial_path, write_text
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 4
+LONG_MP3 = 300.0  # seconds, from which on a crop costs more to find than to decode
+CROP_SECONDS = 2.1
 WAIT = 24 * 3600.0  # seconds, for another process that scans into the same cache folder
 
 
@@ -48,8 +53,9 @@ def scan_folder(
     data_folder: str | os.PathLike,
     cache_folder: str | os.PathLike,
     min_seconds: float = 0.2,
-    num_threads: int = 16,
+    num_threads: int = NUM_THREADS,
     progress: bool = True,
+    share: Share | None = None,
 ) -> tuple[Manifest, SkippedFiles]:
     """Find the audio files below a folder, those inside tar shards too, and read their headers.
 
@@ -68,9 +74,11 @@ def scan_folder(
     min_seconds : float
         Shorter files are skipped. Default 0.2.
     num_threads : int
-        That read headers. Default 16.
+        That list folders, look at files and read headers. Default 16.
     progress : bool
         Show a bar. Default True.
+    share : Share or None
+        Look at the files of this share of the folder alone. None (default): at all.
 
     Returns
     -------
@@ -95,12 +103,22 @@ def scan_folder(
         raise FileNotFoundError(f"data_folder={data_folder} does not exist")
     if not data_folder.is_dir():
         raise NotADirectoryError(f"data_folder={data_folder} is not a folder")
+    missing = missing_shares(data_folder)
+    if missing:
+        logger.warning(
+            "data_folder=%s was prepared in %d shares, of which %d are missing or unfinished: %s%s",
+            *(data_folder, missing[0].number, len(missing), ", ".join(map(str, missing[:20]))),
+            ", ..." if len(missing) > 20 else "",
+        )
     with _held(cache_folder):
         extensions = EXTENSIONS | {shards.EXTENSION}
-        found, unreadable = list_audio(os.fspath(data_folder), extensions)
+        found, unreadable = list_audio(
+            os.fspath(data_folder), extensions, num_threads, share.has if share else None
+        )
         if not found:
+            part = "" if share is None else f" is in share {share}"
             raise ValueError(
-                f"no audio file below data_folder={data_folder}: looked for names ending in "
+                f"no audio file below data_folder={data_folder}{part}: looked for names ending in "
                 f"{' '.join(sorted(extensions))}"
             )
         entries = [(path, 0, None, size, mtime) for path, size, mtime in found]
@@ -108,7 +126,7 @@ def scan_folder(
             entries,
             data_folder,
             cache_folder,
-            str(data_folder.resolve()),
+            _source(data_folder.resolve(), share),
             min_seconds,
             num_threads,
             progress,
@@ -121,8 +139,9 @@ def read_csv(
     cache_folder: str | os.PathLike,
     data_folder: str | os.PathLike | None = None,
     min_seconds: float = 0.2,
-    num_threads: int = 16,
+    num_threads: int = NUM_THREADS,
     progress: bool = True,
+    share: Share | None = None,
 ) -> tuple[Manifest, SkippedFiles]:
     """Take the audio that a SpeechBrain csv lists, and read the files' headers.
 
@@ -132,7 +151,7 @@ def read_csv(
         With the columns ID, duration, wav, and optionally start and stop (in samples). `$data_root`
         and `{data_root}` in wav stand for `data_folder`. A tar shard in wav without start and stop
         stands for all audio inside.
-    cache_folder, min_seconds, num_threads, progress
+    cache_folder, min_seconds, num_threads, progress, share
         As in `scan_folder`.
     data_folder : str, path, or None
         What `$data_root` means, and where relative paths start.
@@ -158,13 +177,18 @@ def read_csv(
         raise FileNotFoundError(f"train_csv={train_csv} does not exist")
     root = "" if data_folder is None else os.path.abspath(data_folder)
     with _held(cache_folder):
-        entries = read_rows(train_csv, root)
+        entries = read_rows(train_csv, root, num_threads, share.has if share else None)
         if not entries:
-            raise ValueError(f"train_csv={train_csv} has no rows")
-        source = f"{train_csv.resolve()} {root}"
+            part = "" if share is None else f" in share {share}"
+            raise ValueError(f"train_csv={train_csv} has no rows{part}")
+        source = _source(f"{train_csv.resolve()} {root}", share)
         return _manifest_of(
             entries, Path(root), cache_folder, source, min_seconds, num_threads, progress
         )
+
+
+def _source(place, share: Share | None) -> str:
+    return f"{place}" if share is None else f"{place}, share {share}"
 
 
 def _manifest_of(
@@ -192,11 +216,12 @@ def _manifest_of(
         )
         return manifest, skipped
 
-    entries, broken_shards = _open_shards(entries, root)
+    entries, broken_shards, indexed = _open_shards(entries, root, num_threads)
     headers = {}
     is_same = before.get("source") == source and before.get("format_version") == FORMAT_VERSION
     if manifest is not None and is_same:
         headers = {**manifest.headers(), **unused}
+    headers.update(indexed)
     files = {(path, size, mtime) for path, _, _, size, mtime in entries}
     headers.update(read_headers(sorted(files - headers.keys()), root, num_threads, progress))
 
@@ -234,7 +259,44 @@ def _manifest_of(
         len(skipped),
         skipped.path,
     )
+    told = long_mp3(manifest, root)
+    if told:
+        logger.warning(told)
     return manifest, skipped
+
+
+def long_mp3(manifest: Manifest, root: str | os.PathLike) -> str | None:
+    """What the long mp3 files of a corpus cost, and what would help; None where there is none.
+
+    An mp3 has no table of where its frames are: to find a crop, the decoder reads all that comes
+    before. The cost is measured here, in the middle of the longest one.
+    """
+    seconds = manifest.seconds
+    candidates = np.flatnonzero(seconds > LONG_MP3).tolist()
+    items = [item for item in candidates if manifest.path(item).lower().endswith((".mp3", ".mp2"))]
+    if not items:
+        return None
+    longest = max(items, key=seconds.__getitem__)
+    path, rate = shards.join(root, manifest.path(longest)), int(manifest.sample_rate[longest])
+    begin, samples = int(manifest.start[longest]), round(CROP_SECONDS * rate)
+    costs = []
+    try:
+        for start in (begin, begin + int(manifest.length[longest]) // 2):
+            began = time.perf_counter()
+            read_samples(path, start, start + samples, rate)
+            costs.append(1000 * (time.perf_counter() - began))
+    except UnreadableAudio:  # training will say so
+        return None
+    near, far = costs
+    hours, all_hours = seconds[items].sum() / 3600, seconds.sum() / 3600
+    return (
+        f"{len(items)} of {len(manifest)} segments are mp3 of more than {LONG_MP3 / 60:.0f} "
+        f"minutes ({hours:.1f} of {all_hours:.1f} hours): a crop in the middle of the longest, "
+        f"{seconds[longest] / 60:.0f} minutes, takes {far:.0f} ms to read, at its beginning "
+        f"{near:.1f} ms. `python -m speechbrain_jepa.prepare` writes the corpus "
+        f"once as FLAC, where every crop costs what the first one does"
+        + (f": {far / near:.0f} times less here" if far > 2 * near else "")
+    )
 
 
 def _last_scan(state_file: Path) -> tuple[dict, dict, Manifest | None]:
@@ -262,25 +324,40 @@ def _header(header: str | list[int]) -> str | tuple[int, int]:
     return int(samples), int(sample_rate)
 
 
-def _open_shards(entries, root: Path):
-    """The entries with the audio in each tar shard in its place; and what is wrong with shards."""
-    opened, problems, num_shards, num_members = [], [], 0, 0
-    for entry in entries:
-        path, start, stop, _, mtime = entry
-        is_shard = os.path.splitext(path)[1].lower() == shards.EXTENSION
-        if not is_shard or (start, stop) != (0, None):
+def _open_shards(entries, root: Path, num_threads: int):
+    """The entries with the audio in each tar shard in its place; what is wrong with shards; and the
+    headers that the index of a shard knows."""
+
+    def look(path: str):
+        index = shards.read_index(path)
+        return (index, None) if index else shards.list_members(path, EXTENSIONS)
+
+    opened, problems, headers = [], [], {}
+    num_shards = num_members = 0
+    are_shards = [
+        os.path.splitext(path)[1].lower() == shards.EXTENSION and (start, stop) == (0, None)
+        for path, start, stop, *_ in entries
+    ]
+    paths = [os.path.join(root, entry[0]) for entry, found in zip(entries, are_shards) if found]
+    with ThreadPoolExecutor(num_threads) as pool:
+        listed = list(pool.map(look, paths))
+    for entry, is_shard in zip(entries, are_shards):
+        path, _, _, _, mtime = entry
+        if not is_shard:
             opened.append(entry)
             continue
-        members, problem = shards.list_members(os.path.join(root, path), EXTENSIONS)
+        members, problem = listed[num_shards]
         num_shards, num_members = num_shards + 1, num_members + len(members)
         if problem or not members:
             problems.append((path, problem or "holds no audio file"))
-        for name, (offset, size) in members.items():
+        for name, (offset, size, *header) in members.items():
             member = ShardMember(f"{path}{shards.SEPARATOR}{name}", offset, size)
             opened.append((member, 0, None, size, mtime))
+            if header:
+                headers[member, size, mtime] = tuple(header)
     if num_shards:
         logger.info("%d audio files in %d tar shards, read in place", num_members, num_shards)
-    return opened, problems
+    return opened, problems, headers
 
 
 def read_headers(files, root: Path, num_threads: int, progress: bool) -> dict:

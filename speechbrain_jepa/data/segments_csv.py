@@ -2,13 +2,21 @@
 
 import csv
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from speechbrain_jepa.data.listing import NUM_THREADS, stat_files
 
 COLUMNS = ("ID", "duration", "wav")
 
 
-def read_rows(train_csv: Path, root: str) -> list[tuple]:
+def read_rows(
+    train_csv: Path,
+    root: str,
+    num_threads: int = NUM_THREADS,
+    keep: Callable[[str], bool] | None = None,
+) -> list[tuple]:
     """(path, start, stop, size, mtime_ns) of each row; stop None is the file's end.
 
     Arguments
@@ -17,13 +25,17 @@ def read_rows(train_csv: Path, root: str) -> list[tuple]:
         UTF-8, with or without a byte order mark.
     root : str
         What `$data_root` stands for and where relative paths start, or "".
+    num_threads : int
+        That look at the files. Default 16.
+    keep : callable or None
+        Rows whose path it says no to are left out. None (default): none.
 
     Raises
     ------
     ValueError
         If a column is missing or a row makes no sense: the message names the line.
     """
-    entries, stats = [], {}
+    segments = []
     with open(train_csv, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         reader = csv.DictReader(_checked(file, train_csv), skipinitialspace=True)
         try:
@@ -37,17 +49,17 @@ def read_rows(train_csv: Path, root: str) -> list[tuple]:
                 place = f"{train_csv}, line {reader.line_num}"
                 path = _path(row["wav"], root, place)
                 start, stop = _segment(row.get("start"), row.get("stop"), place)
-                if path not in stats:
-                    try:
-                        stat = os.stat(os.path.join(root, path))
-                        stats[path] = stat.st_size, stat.st_mtime_ns
-                    except OSError:
-                        stats[path] = -1, -1  # reading the header will say what is wrong
-                entries.append((path, start, stop, *stats[path]))
+                if keep is None or keep(path):
+                    segments.append((path, start, stop))
         except csv.Error as error:
             line = reader.reader.line_num  # of the csv reader inside: the last whole line
             raise ValueError(f"{train_csv}, line {line}: {error}") from error
-    return entries
+    paths = list(dict.fromkeys(path for path, *_ in segments))
+    with ThreadPoolExecutor(num_threads) as pool:
+        looks = zip(paths, stat_files(root, paths, pool))
+        # of a file that cannot be looked at, reading the header will say what is wrong
+        stats = {path: (-1, -1) if isinstance(look, str) else look for path, look in looks}
+    return [(*segment, *stats[segment[0]]) for segment in segments]
 
 
 def _checked(lines: Iterator[str], train_csv: Path) -> Iterator[str]:

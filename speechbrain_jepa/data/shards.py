@@ -5,12 +5,20 @@ are decoded from there: nothing is unpacked, and order, crops and resuming are t
 """
 
 import io
+import json
+import logging
 import os
 import re
 import stat
 import tarfile
 
+from speechbrain_jepa.files import write_text
+
+logger = logging.getLogger(__name__)
+
 EXTENSION = ".tar"
+INDEX = ".index.json"  # in the place of .tar: where the members of a shard are
+INDEX_VERSION = 1
 SEPARATOR = "::"  # between the path of the shard and the name inside
 LONGEST_NAME = 4096  # as in the file systems; a longer one is a damaged tar
 LARGEST_HEADER = 2**20  # bytes, of what a tar says about a member beside its name
@@ -140,6 +148,62 @@ def list_members(shard: str, extensions) -> tuple[dict[str, tuple[int, int]], st
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         problem = problem or f"cannot be read as a tar: {' '.join(reason.split())}"
     return members, problem
+
+
+def index_of(shard: str | os.PathLike) -> str:
+    """Path of the index that belongs to a shard."""
+    return os.path.splitext(shard)[0] + INDEX
+
+
+def write_index(
+    shard: str | os.PathLike, members: dict[str, tuple[int, int, int]], sample_rate: int
+) -> None:
+    """Say beside a tar where its members are, so that it need not be read to be scanned.
+
+    Arguments
+    ---------
+    shard : str or path
+    members : dict
+        {name: (offset, size, samples)}, in bytes and samples.
+    sample_rate : int
+        Of all, in Hz.
+    """
+    content = {
+        "format_version": INDEX_VERSION,
+        "size": os.path.getsize(shard),
+        "sample_rate": sample_rate,
+        "members": [[name, *place] for name, place in members.items()],
+    }
+    write_text(index_of(shard), json.dumps(content))
+
+
+def read_index(shard: str) -> dict[str, tuple[int, int, int, int]] | None:
+    """The members of a tar by its index, {name: (offset, size, samples, sample rate)}.
+
+    None where there is no index. One that is damaged, or of another tar, is passed over with a
+    warning: the tar itself says what is in it.
+    """
+    try:
+        with open(index_of(shard), encoding="utf-8") as file:
+            content = json.load(file)
+        end, rate = content["size"], int(content["sample_rate"])
+        if content["format_version"] != INDEX_VERSION or end != os.path.getsize(shard):
+            raise ValueError("of another version of the tar, or of this package")
+        members = {}
+        for name, offset, size, samples in content["members"]:
+            places = (offset, size, samples)
+            if not all(type(place) is int and place >= 0 for place in places):
+                raise ValueError(f"{name}: {places}")
+            is_hidden = any(part.startswith(".") for part in name.split("/"))
+            if is_hidden or "\0" in name or len(name) > LONGEST_NAME or offset + size > end:
+                raise ValueError(f"{name[:99]}: bytes {offset} to {offset + size} of {end}")
+            members[name] = (*places, rate)
+        return members
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # json of any shape
+        logger.warning("%s is passed over (%s)", index_of(shard), error)
+        return None
 
 
 def join(folder: str | os.PathLike, path: str) -> str:

@@ -13,7 +13,8 @@ from speechbrain_jepa.evaluation.quick_probe import (
     probe_table,
     read_label_sets,
 )
-from speechbrain_jepa.features import Normalization
+from speechbrain_jepa.features import LogMelSpectrogram, Normalization
+from speechbrain_jepa.read_out import ReadOut
 from speechbrain_jepa.vit import Encoder
 
 
@@ -50,6 +51,8 @@ class OnlineProbe:
         label, or a column for each of several label sets.
     every : int
         Epochs from one probe to the next. Default 1.
+    read_out : ReadOut or None
+        What is probed. Default None: the mean of the last layer.
 
     Raises
     ------
@@ -57,10 +60,11 @@ class OnlineProbe:
         If the csv is not there or does not fit (see `read_label_sets`), or `every` is below 1.
     """
 
-    def __init__(self, csv: str | Path, every: int = 1):
+    def __init__(self, csv: str | Path, every: int = 1, read_out: ReadOut | None = None):
         if every < 1:
             raise ValueError(f"online_probe_every={every}: must be at least 1 epoch")
         self.every = every
+        self.read_out = read_out or ReadOut()
         self.label_sets = read_label_sets(csv)
 
     @property
@@ -68,8 +72,18 @@ class OnlineProbe:
         """Names of what a probe gives."""
         return [f"{name}_accuracy" for name in self.label_sets]
 
-    def __call__(self, encoder: Encoder, normalization: Normalization) -> dict[str, float]:
+    def __call__(
+        self,
+        encoder: Encoder,
+        normalization: Normalization,
+        log_mel: LogMelSpectrogram | None = None,
+    ) -> dict[str, float]:
         """Embed the labelled files and probe.
+
+        Arguments
+        ---------
+        encoder, normalization, log_mel
+            The three in memory, as `AudioJEPA` takes them.
 
         Returns
         -------
@@ -77,7 +91,9 @@ class OnlineProbe:
             Per cent by column.
         """
         files = files_used(self.label_sets)
-        embedder = embed_with(AudioJEPA((encoder, normalization)))
+        source = (encoder, normalization, log_mel or LogMelSpectrogram())
+        model = AudioJEPA(source, **self.read_out.describe())
+        embedder = embed_with(model)
         features, read = embed_files(files, {"encoder": [embedder]})
         accuracy = probe_table(features, read, self.label_sets).accuracy.iloc[0]
         return dict(zip(self.columns, accuracy.tolist()))

@@ -253,6 +253,7 @@ def probe_table(
     features: Mapping[str, Sequence[np.ndarray]],
     files: Sequence[str | Path],
     label_sets: dict[str, LabelledClips],
+    split: str = "test",
 ) -> ProbeTable:
     """Probe every label set with every set of features.
 
@@ -264,6 +265,8 @@ def probe_table(
         The files behind the rows. A label set's other files are left out.
     label_sets : dict of LabelledClips
         See `read_label_sets`.
+    split : str
+        Whose accuracy: "test", or "valid", by which recipes are chosen. Default "test".
 
     Returns
     -------
@@ -272,7 +275,7 @@ def probe_table(
     Raises
     ------
     ValueError
-        If the files read leave a label set without train or test rows.
+        If the files read leave a label set without train rows or rows of `split`.
 
     Example
     -------
@@ -291,18 +294,18 @@ def probe_table(
     row_of = {str(file): row for row, file in enumerate(files)}
     accuracy = {}
     for task, clips in label_sets.items():
-        rows: dict[str, list[int]] = {"train": [], "test": []}
-        labels: dict[str, list[str]] = {"train": [], "test": []}
-        for file, label, split in zip(clips.files, clips.labels, clips.splits):
-            if split in rows and file in row_of:
-                rows[split].append(row_of[file])
-                labels[split].append(label)
-        for split, found in rows.items():
+        rows: dict[str, list[int]] = {"train": [], split: []}
+        labels: dict[str, list[str]] = {"train": [], split: []}
+        for file, label, part in zip(clips.files, clips.labels, clips.splits):
+            if part in rows and file in row_of:
+                rows[part].append(row_of[file])
+                labels[part].append(label)
+        for part, found in rows.items():
             if not found:
-                raise ValueError(f"label set {task}: no {split} file could be read")
+                raise ValueError(f"label set {task}: no {part} file could be read")
         accuracy[task] = {
             (name, seed): 100
-            * probe(x[rows["train"]], labels["train"], x[rows["test"]], labels["test"])
+            * probe(x[rows["train"]], labels["train"], x[rows[split]], labels[split])
             for name, seeds in features.items()
             for seed, x in enumerate(seeds)
         }
@@ -310,10 +313,12 @@ def probe_table(
     return ProbeTable(pd.DataFrame(accuracy, index=index))
 
 
-def files_used(label_sets: dict[str, LabelledClips]) -> list[str]:
+def files_used(
+    label_sets: dict[str, LabelledClips], splits: Sequence[str] = ("train", "test")
+) -> list[str]:
     """The files that `probe_table` needs: those of train and test."""
     pairs = (zip(clips.files, clips.splits) for clips in label_sets.values())
-    return [file for rows in pairs for file, split in rows if split != "valid"]
+    return [file for rows in pairs for file, split in rows if split in splits]
 
 
 def quick_probe(folder, embedders: Mapping[str, Sequence[Embed]]) -> ProbeTable:

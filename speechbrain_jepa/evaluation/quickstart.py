@@ -12,6 +12,7 @@ from speechbrain_jepa.encoder import AudioJEPA
 from speechbrain_jepa.evaluation.online_probe import embed_with
 from speechbrain_jepa.evaluation.pictures import draw_curves, draw_masks
 from speechbrain_jepa.evaluation.quick_probe import ProbeTable, quick_probe
+from speechbrain_jepa.files import whole_file
 from speechbrain_jepa.masking import MultiBlockMasking, TimeMasking, UnstructuredMasking
 from speechbrain_jepa.vit import Encoder
 
@@ -37,21 +38,47 @@ def report(hparams: dict, pretrained: Path, tasks_folder: str | Path | None = No
     ProbeTable
     """
     output = Path(hparams["output_folder"])
-    seeds = (hparams["seed"] + 1000 * number for number in range(UNTRAINED_ENCODERS))
-    untrained = [AudioJEPA((_untrained(hparams, s), hparams["normalization"])) for s in seeds]
-    table = quick_probe(
-        tasks_folder or make_demo_corpus(),
-        {
-            "untrained": [embed_with(encoder) for encoder in untrained],
-            "trained": [embed_with(AudioJEPA(pretrained))],
-        },
-    )
-    table.accuracy.to_csv(output / "probe.csv")
-    masks = _draw_masks(hparams, output / "masks.png")
+    table = probe_run(hparams, pretrained, tasks_folder or make_demo_corpus())
+    masks = draw_strategies(hparams, output / "masks.png")
     curves = draw_curves(output / "metrics.csv", output / "curves.png")
     print(f"\n{table}\n{table.verdict()}\n")
     print(f"Masking strategies:  {masks}\nLoss and rank:       {curves}")
     print(f"Pretrained encoder:  {pretrained}")
+    return table
+
+
+def probe_run(hparams: dict, pretrained: Path, labelled: str | Path) -> ProbeTable:
+    """Probe a run's encoder, untrained ones of its shape and log-mel statistics: `probe.csv`.
+
+    Arguments
+    ---------
+    hparams : dict
+        Of the pretraining recipe.
+    pretrained : Path
+        The exported encoder.
+    labelled : str or Path
+        See `read_label_sets`.
+
+    Returns
+    -------
+    ProbeTable
+    """
+    seeds = (hparams["seed"] + 1000 * number for number in range(UNTRAINED_ENCODERS))
+    trained = AudioJEPA(pretrained)
+    read_out = trained.read_out.describe()
+    untrained = [
+        AudioJEPA((_untrained(hparams, s), trained.normalization, trained.features), **read_out)
+        for s in seeds
+    ]
+    table = quick_probe(
+        labelled,
+        {
+            "untrained": [embed_with(encoder) for encoder in untrained],
+            "trained": [embed_with(trained)],
+        },
+    )
+    with whole_file(Path(hparams["output_folder"]) / "probe.csv") as partial:
+        table.accuracy.to_csv(partial)
     return table
 
 
@@ -62,8 +89,20 @@ def _untrained(hparams, seed: int) -> Encoder:
         return Encoder(hparams["grid"], **hparams["encoder"].config)
 
 
-def _draw_masks(hparams, path: Path) -> Path:
-    """The same crop under each strategy, with masks from the samplers themselves."""
+def draw_strategies(hparams: dict, path: Path) -> Path:
+    """One validation crop under each strategy, with masks from the samplers themselves.
+
+    Arguments
+    ---------
+    hparams : dict
+        Of the pretraining recipe, with `valid_set`.
+    path : Path
+        Where the PNG goes.
+
+    Returns
+    -------
+    Path
+    """
     grid = hparams["grid"]
     dataset: CropDataset = hparams["valid_set"]
     wav = dataset.__getitems__([(0, 0)]).wav

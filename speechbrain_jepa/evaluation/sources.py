@@ -30,7 +30,8 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from torch import Tensor, nn
 
 from speechbrain_jepa import __version__
-from speechbrain_jepa.checkpoints import CONFIG, MODEL_TYPE, load_pretrained
+from speechbrain_jepa.checkpoints import load_pretrained
+from speechbrain_jepa.config import CONFIG, MODEL_TYPE, log_mel_of
 from speechbrain_jepa.embed import PRECISIONS
 from speechbrain_jepa.encoder import AudioJEPA
 from speechbrain_jepa.evaluation.logmel import logmel_statistics
@@ -205,13 +206,15 @@ def _untrained(folder: str, seed: int):
     """The encoder and normalisation of a folder, or the paper's, with weights of a seed."""
     grid, normalization = PatchGrid(), Normalization(-7.0633, 4.1971)  # AudioSet's
     config: dict[str, Any] = {}
+    log_mel = LogMelSpectrogram()
     if folder:
-        loaded, normalization, _ = load_pretrained(folder)
+        loaded, normalization, description = load_pretrained(folder)
         grid, config = loaded.grid, loaded.config
+        log_mel = log_mel_of(description)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = Encoder(grid, **config)
-    return (encoder, normalization), {"seed": seed}
+    return (encoder, normalization, log_mel), {"seed": seed}
 
 
 def _audio_jepa(name: str, model: AudioJEPA, precision: str, settings: dict) -> Source:
@@ -224,6 +227,8 @@ def _audio_jepa(name: str, model: AudioJEPA, precision: str, settings: dict) -> 
         "normalization": model.normalize,
         "grid": str(model.encoder.grid),
         "encoder": str(model.encoder.config),
+        "n_fft": model.features.n_fft,
+        "read_out": str(model.read_out),
     }
     return Source(name, model, layer_means, settings, precision)
 

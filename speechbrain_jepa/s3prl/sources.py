@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
-from speechbrain_jepa.checkpoints import CONFIG, WEIGHTS
+from speechbrain_jepa.checkpoints import WEIGHTS
+from speechbrain_jepa.config import CONFIG
 
 
 def is_url(source) -> bool:

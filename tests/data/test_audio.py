@@ -16,7 +16,7 @@ from speechbrain_jepa.data import (
     scan_folder,
     split_held_out,
 )
-from speechbrain_jepa.data.audio import check_decodes, read_header, read_samples, read_whole
+from speechbrain_jepa.data.audio import read_header, read_samples, read_whole
 from speechbrain_jepa.data.clips import find_audio, read_audio, read_clips
 from speechbrain_jepa.features import LogMelSpectrogram
 
@@ -52,7 +52,6 @@ def test_what_cannot_be_seeked_in_is_read_by_everyone(unseekable, tmp_path):
     assert read_header(path) == (len(whole), rate)
     np.testing.assert_array_equal(read_samples(path, 7_000, 9_000, rate), whole[7_000:9_000])
     np.testing.assert_array_equal(read_whole(path)[0], whole)
-    check_decodes(path)
     manifest, skipped = scan_folder(path.parent, tmp_path, progress=False)
     assert len(manifest) == 4 and len(skipped) == 0
     train, valid = split_held_out(manifest, min_valid=3, data_folder=path.parent)
@@ -87,7 +86,7 @@ def test_a_sample_too_large_to_take_the_power_of_makes_a_file_bad(value, kind, t
     soundfile.write(path, wav, 16_000, subtype="FLOAT")
     reason = r"holds a sample of \d\.\de\+\d\d, beyond 1e\+10 \(full scale is 1\)"
     reason = reason if np.isfinite(value) else "holds NaN or infinite samples"
-    for read in (read_whole, check_decodes, read_audio):
+    for read in (read_whole, read_audio):
         with pytest.raises(UnreadableAudio, match=rf"huge\.wav: {reason}"):
             read(path)
     name = "huge.wav"
@@ -129,7 +128,7 @@ def with_rate(path, rate):
 )
 def test_a_rate_that_no_audio_has_is_refused_by_everyone(rate, bound, tmp_path):
     path = with_rate(tmp_path / "a.wav", rate)
-    readers = (read_header, read_whole, check_decodes, read_audio)
+    readers = (read_header, read_whole, read_audio)
     for read in (*readers, lambda path: read_samples(path, 0, 100, rate)):
         with pytest.raises(UnreadableAudio, match=f"not audio: {rate} Hz, {bound} Hz"):
             read(path)
@@ -141,7 +140,7 @@ def test_pipes_devices_and_folders_are_never_opened(tmp_path):
     (tmp_path / "device.wav").symlink_to("/dev/zero")
     kinds = {"pipe.wav": "a named pipe", "folder.wav": "a folder", "device.wav": "a device"}
     for name, kind in kinds.items():
-        for read in (read_header, read_whole, check_decodes, read_audio):
+        for read in (read_header, read_whole, read_audio):
             with pytest.raises(UnreadableAudio, match=f"is {kind}: only regular files"):
                 read(tmp_path / name)
 

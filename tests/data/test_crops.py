@@ -8,18 +8,21 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import torchaudio
 
 from speechbrain_jepa.data import (
     CropBatch,
     CropDataset,
     CropSampler,
     Manifest,
+    MixedCropSampler,
     UnreadableAudio,
     crop_loader,
     read_crop,
     scan_folder,
 )
-from speechbrain_jepa.data.resampling import resampled_length, resampler
+from speechbrain_jepa.data.crops import read_crops
+from speechbrain_jepa.data.resampling import resampled_length, resampling_ratio
 from speechbrain_jepa.features import LogMelSpectrogram, crop_samples, num_frames
 
 LOG_MEL = LogMelSpectrogram()
@@ -51,7 +54,8 @@ def write(path, seconds=1.0, rate=16_000, channels=1, seed=0, **options):
 def whole_log_mel(path, start=0, length=-1):
     """The obvious way: read all of it, average, resample, centred spectrogram [80, frames]."""
     wav, rate = soundfile.read(path, start=start, frames=length, dtype="float32", always_2d=True)
-    return LOG_MEL(resampler(rate)(torch.from_numpy(wav.mean(1)))[None])[0]
+    resample = torchaudio.transforms.Resample(*resampling_ratio(rate))
+    return LOG_MEL(resample(torch.from_numpy(wav.mean(1)))[None])[0]
 
 
 def crop_log_mel(path, first, frames, rate, start, length):
@@ -72,6 +76,19 @@ def assert_crops_equal_whole(path, tolerance, frames=48, start=0, length=None):
         expected = whole[:, first : first + frames].exp()
         error = (crop.exp() - expected).abs() / expected.amax(0)
         assert error.max() < tolerance, (first, error.max())
+
+
+@pytest.mark.parametrize("n_fft", [200, 1024])
+def test_crops_for_another_window_equal_the_whole_too(tmp_path, n_fft):
+    path, log_mel = write(tmp_path / "a.wav"), LogMelSpectrogram(n_fft, n_mels=16)
+    whole = log_mel(torch.from_numpy(soundfile.read(path, dtype="float32")[0])[None])[0]
+    for first in (0, 1, 2, 3, 40, 51, 52, 53):
+        wav = read_crop(path, first, 48, 16_000, 0, 16_000, n_fft)
+        crop = log_mel(torch.from_numpy(wav)[None], margins=True)[0]
+        torch.testing.assert_close(crop, whole[:, first : first + 48], rtol=1e-5, atol=1e-5)
+    manifest, _ = scan_folder(tmp_path, tmp_path / "scan", progress=False)
+    batch = CropDataset(manifest, tmp_path, 48, n_fft=n_fft).__getitems__([(0, 0)])
+    assert log_mel(batch.wav, margins=True).shape == (1, 16, 48)
 
 
 RATES = [8000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000, 96_000, 192_000]
@@ -133,19 +150,66 @@ def test_the_resampled_length_is_exact_at_every_length(rate, tmp_path):
         assert read_crop(path, last, 16, rate, 0, length).shape == (crop_samples(16),)
 
 
-def test_only_what_is_used_is_read(tmp_path, monkeypatch):
+@pytest.fixture
+def frames_read(monkeypatch):
+    """Sizes of everything that is decoded."""
+    read, sizes = soundfile.SoundFile.read, []
+
+    def counted(self, frames, **options):
+        sizes.append(frames)
+        return read(self, frames, **options)
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", counted)
+    return sizes
+
+
+def test_only_what_is_used_is_read(tmp_path, frames_read):
     path = write(tmp_path / "a.wav", 10.0, 44_100)
-    read = soundfile.read
-    frames_read = []
-
-    def counted(*args, **options):
-        frames_read.append(options["frames"])
-        return read(*args, **options)
-
-    monkeypatch.setattr(soundfile, "read", counted)
     read_crop(path, 300, 208, 44_100, 0, 441_000)
     # 92 390 samples of 44.1 kHz are 33 520 of 16 kHz; up to 2 blocks of 441 more at either side
-    assert sum(frames_read) <= 92_390 + 4 * 441
+    (samples,) = frames_read
+    assert 92_390 <= samples <= 92_390 + 4 * 441
+
+
+# Several crops of a file
+
+
+@pytest.mark.parametrize("rate", [8000, 16_000, 44_100])
+@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.mp3", "a.ogg"])
+def test_crops_from_one_opening_are_those_read_alone(name, rate, tmp_path):
+    path = write(tmp_path / name, 10.0, rate, 2)
+    # the two ends, one frame twice, overlapping, half a second apart, far apart; in no order
+    firsts = [937, 0, 400, 400, 431, 150, 700, 260]
+    together = read_crops(path, firsts, 64, rate, 0, 10 * rate)
+    assert together.shape == (8, crop_samples(64)) and together.dtype == np.float32
+    for crop, first in zip(together, firsts):
+        alone = read_crop(path, first, 64, rate, 0, 10 * rate)
+        np.testing.assert_allclose(crop, alone, atol=1e-4 if name == "a.mp3" else 2e-6)
+
+
+@pytest.mark.parametrize("samples", [6007, 12_345])
+def test_crops_of_a_short_segment_are_all_the_same(samples, tmp_path):
+    path = write(tmp_path / "a.wav", 3.0, 16_000)
+    pair = read_crops(path, [0, 0], 208, 16_000, 400, samples)
+    assert np.array_equal(pair[0], pair[1])
+    assert np.array_equal(pair[0], read_crop(path, 0, 208, 16_000, 400, samples))
+
+
+def test_what_crops_share_is_decoded_once_and_what_lies_between_is_not(tmp_path, frames_read):
+    path = write(tmp_path / "a.wav", 60.0, 16_000)
+    # 0 to 3 s in one piece, with the half second between, and 2.08 s far away, with its margins
+    read_crops(path, [92, 0, 50, 5_000], 208, 16_000, 0, 960_000)
+    assert frames_read == [300 * 160 + 40, 208 * 160 + 240]
+
+
+def test_a_file_that_cannot_be_sought_in_is_read_from_its_beginning(tmp_path):
+    path = write(tmp_path / "a.wav", 10.0, 8_000, subtype="GSM610")
+    whole, _ = soundfile.read(path, dtype="float32")
+    firsts = [700, 100, 130]
+    crops = read_crops(path, firsts, 64, 8_000, 0, 80_000)
+    soundfile.write(tmp_path / "b.wav", whole, 8_000, subtype="FLOAT")
+    expected = read_crops(tmp_path / "b.wav", firsts, 64, 8_000, 0, 80_000)
+    np.testing.assert_allclose(crops, expected, atol=1e-6)
 
 
 def test_channels_are_averaged(tmp_path):
@@ -378,6 +442,71 @@ def test_crops_are_the_same_with_any_number_of_workers_and_after_a_resume(corpus
         assert torch.equal(one.item, other.item) and torch.equal(one.wav, other.wav)
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_several_crops_of_a_file_are_in_as_many_batches(corpus, num_workers):
+    """Each of the crops that as many passes would draw, once; no file twice in a batch; and a
+    resume from any batch on goes on with the same ones."""
+    folder, manifest = corpus
+
+    def read(plan, crops_per_file, passes):
+        options = {"crops_per_file": crops_per_file}
+        sampler = CropSampler(23, 4, seed=3, passes=passes, **options)
+        dataset = CropDataset(manifest, folder, 64, seed=3, **options)
+        loader = crop_loader(dataset, sampler, num_workers)
+        for epoch, batches_done in plan:
+            sampler.set_epoch(epoch, batches_done)
+            found = list(loader)
+            assert len(found) + batches_done == len(loader) == len(sampler)
+            yield found
+
+    first, second = read([(0, 0), (1, 0)], 3, 1)
+    assert len(first) == len(second) == 15  # 5 of 4 different files, 3 crops of each
+    for batch in (*first, *second):
+        assert batch.wav.shape == (4, crop_samples(64)) and len(set(batch.item.tolist())) == 4
+    for start in range(0, 15, 3):
+        assert len({tuple(batch.item.tolist()) for batch in first[start : start + 3]}) == 1
+
+    alone = CropDataset(manifest, folder, 64, seed=3)
+    seen = set()
+    for epoch, found in enumerate((first, second)):
+        for number, batch in enumerate(found):
+            for wav, item in zip(batch.wav, batch.item.tolist()):
+                key = (3 * epoch + number % 3, item)
+                torch.testing.assert_close(wav, alone[key].wav[0], atol=1e-4, rtol=0)
+                seen.add(key)
+    assert len(seen) == 2 * 15 * 4
+
+    for batches_done in (1, 5, 12, 14):
+        (resumed,) = read([(1, batches_done)], 3, 1)
+        for one, other in zip(second[batches_done:], resumed, strict=True):
+            assert torch.equal(one.item, other.item) and torch.equal(one.wav, other.wav)
+
+
+def test_a_broken_file_gives_its_place_in_every_batch_to_one_other(tmp_path):
+    for number in range(4):
+        path = write(tmp_path / "audio" / f"{number}.wav", 2.0, subtype="FLOAT", seed=number)
+    soundfile.write(path, np.full(32_000, np.nan), 16_000, subtype="FLOAT")
+    manifest, _ = scan_folder(tmp_path / "audio", tmp_path, progress=False)
+    dataset = CropDataset(manifest, tmp_path / "audio", 64, crops_per_file=3)
+    loader = crop_loader(dataset, CropSampler(4, 4, crops_per_file=3))
+    for batches_done in (0, 2):
+        dataset._reported.clear()
+        loader.batch_sampler.set_epoch(0, batches_done)
+        found = list(loader)
+        items = {tuple(batch.item.tolist()) for batch in found}
+        assert len(found) == 3 - batches_done and len(items) == 1 and 3 not in items.pop()
+        assert [len(batch.failures) for batch in found] == [1, 0, 0][: len(found)]
+
+
+def test_a_loader_whose_halves_disagree_is_refused(corpus):
+    folder, manifest = corpus
+    dataset = CropDataset(manifest, folder, 64, crops_per_file=2)
+    with pytest.raises(ValueError, match="crops_per_file=2 of the dataset, 1 of the sampler"):
+        crop_loader(dataset, CropSampler(23, 4))
+    with pytest.raises(ValueError, match="crops_per_file=0: must be at least 1"):
+        CropDataset(manifest, folder, 64, crops_per_file=0)
+
+
 def test_workers_decode_on_one_thread(corpus, monkeypatch):
     from speechbrain_jepa.data import sampler
 
@@ -463,9 +592,68 @@ def test_validation_sees_every_item_once(world_size):
 
 @pytest.mark.parametrize(
     "options",
-    [{"num_items": 0}, {"batch_size": 0}, {"passes": 0}, {"rank": 2, "world_size": 2}],
+    [
+        {"num_items": 0},
+        {"batch_size": 0},
+        {"passes": 0},
+        {"crops_per_file": 0},
+        {"rank": 2, "world_size": 2},
+    ],
 )
 def test_numbers_that_make_no_sense_are_refused(options):
     (name, value), *_ = options.items()
     with pytest.raises(ValueError, match=f"{name}={value}: must"):
         CropSampler(**{"num_items": 10, "batch_size": 2, **options})
+
+
+# --- several durations ----------------------------------------------------------------------------
+
+
+def test_rounds_have_each_duration_once_with_equal_tokens_and_every_item_once():
+    sampler = MixedCropSampler(70, batch_size=2, frames=(16, 32, 64), seed=5)
+    sampler.set_epoch(1)
+    batches = list(sampler)
+    assert len(batches) == len(sampler) == 15  # 70 items in rounds of 14
+    orders = set()
+    for start in range(0, 15, 3):
+        frames = [batch[0][2] for batch in batches[start : start + 3]]
+        assert sorted(frames) == [16, 32, 64]
+        assert [len(batch) * batch[0][2] for batch in batches[start : start + 3]] == [128] * 3
+        orders.add(tuple(frames))
+    assert len(orders) > 1  # not always in the same order
+    items = [item for batch in batches for _, item, _ in batch]
+    assert sorted(items) == list(range(70))
+    assert all(len({key[2] for key in batch}) == 1 for batch in batches)
+    sampler.set_epoch(2)
+    assert list(sampler) != batches
+
+
+@pytest.mark.parametrize("done", [0, 1, 2, 3, 7, 14])
+def test_mixed_batches_go_on_where_they_were(done):
+    sampler = MixedCropSampler(70, batch_size=2, frames=(16, 32, 64), seed=5)
+    whole = list(sampler)
+    sampler.set_epoch(0, batches_done=done)
+    assert list(sampler) == whole[done:]
+
+
+def test_ranks_have_the_same_durations_and_other_items():
+    ranks = [MixedCropSampler(70, 2, (16, 32), seed=5, rank=r, world_size=2) for r in (0, 1)]
+    first, second = map(list, ranks)
+    assert len(first) == len(second) == 2 * (70 // 12)
+    assert [batch[0][2] for batch in first] == [batch[0][2] for batch in second]
+    of = [{item for batch in batches for _, item, _ in batch} for batches in (first, second)]
+    assert not of[0] & of[1]
+
+
+def test_a_crop_of_a_keys_own_duration_is_that_of_a_dataset_of_it(tmp_path):
+    write(tmp_path / "a.wav", seconds=3)
+    manifest, _ = scan_folder(tmp_path, tmp_path / "scan", progress=False)
+    mixed, own = (CropDataset(manifest, tmp_path, frames) for frames in (208, 48))
+    batch = mixed.__getitems__([(3, 0, 48), (4, 0, 48)])
+    assert torch.equal(batch.wav, own.__getitems__([(3, 0), (4, 0)]).wav)
+
+
+@pytest.mark.parametrize("frames", [(), (0, 16), (16, 16)])
+def test_durations_that_cannot_be_are_an_error(frames):
+    with pytest.raises(ValueError, match="mixed_frames"):
+        MixedCropSampler(70, 2, frames)

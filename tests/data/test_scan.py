@@ -4,14 +4,17 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
 import threading
+import time
 
 import numpy as np
 import pytest
 from scans import lines, paths, scan, write
 
 from speechbrain_jepa import files
-from speechbrain_jepa.data.listing import EXTENSIONS
+from speechbrain_jepa.data import listing
+from speechbrain_jepa.data.listing import EXTENSIONS, list_audio
 
 
 def test_scan_finds_every_kind_of_file_in_a_tree(folder):
@@ -51,6 +54,33 @@ def test_links_are_followed_once_and_never_in_circles(folder):
     found = ["a.wav", "b.flac", "deep/d.aiff", "deep/down/c.ogg", "deep/e.mp3", "other/f.wav"]
     assert paths(manifest) == found
     assert {file for file, _ in lines(skipped)} == {"self", "nowhere.wav"}
+
+
+def test_of_two_links_to_one_folder_the_same_one_counts_every_time(folder):
+    """The folders are listed in threads; a link deep in the tree is followed first."""
+    write(folder.parent / "elsewhere" / "f.wav")
+    for place in ("z", "deep/b", "deep/a", "deep/down/z"):
+        (folder / place).symlink_to(folder.parent / "elsewhere")
+    for _ in range(5):
+        found, _ = list_audio(str(folder))
+        assert [path for path, *_ in found][-1] == "deep/e.mp3"
+        assert "deep/down/z/f.wav" in [path for path, *_ in found] and len(found) == 6
+
+
+def test_files_are_looked_at_in_threads(tmp_path, monkeypatch):
+    """As on a network share, where each look is a wait."""
+    for number in range(1_024):
+        (tmp_path / f"{number}.wav").touch()
+    look, threads = os.stat, set()
+
+    def slow(path, *args, **options):
+        threads.add(threading.get_ident())
+        time.sleep(1e-4)
+        return look(path, *args, **options)
+
+    monkeypatch.setattr(listing.os, "stat", slow)
+    found, problems = list_audio(str(tmp_path), num_threads=4)
+    assert len(found) == 1_024 and problems == [] and len(threads) == 4
 
 
 def test_names_with_spaces_accents_commas_and_foreign_bytes_survive(tmp_path):
@@ -282,3 +312,24 @@ def test_a_scan_waits_for_another_and_finds_its_result(folder, headers_read):
         thread.join(60)
     assert [paths(manifest) for manifest in results] == [paths(results[0])] * 4
     assert set(headers_read.values()) == {1}
+
+
+def test_long_mp3_files_are_said_to_cost_what_they_cost(folder, caplog):
+    scan(folder)
+    assert "mp3" not in caplog.text
+    write(folder / "deep/speech.MP3", 400.0)
+    write(folder / "long.flac", 400.0)
+    with caplog.at_level("WARNING"):
+        scan(folder)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith(
+        "1 of 7 segments are mp3 of more than 5 minutes (0.1 of 0.2 hours): a crop in the middle "
+        "of the longest, 7 minutes, takes "
+    )
+    far, near = re.search(
+        r"takes (\d+) ms to read, at its beginning (\d+\.\d) ms", message
+    ).groups()
+    assert float(far) > float(near) > 0 and "speechbrain_jepa.prepare" in message
+    caplog.clear()
+    scan(folder)
+    assert not caplog.records  # nothing has changed

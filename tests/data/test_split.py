@@ -116,3 +116,90 @@ def test_validation_crops_are_different_places_and_the_same_in_every_epoch(tmp_p
     assert first.failures == [] and torch.equal(first.wav, later.wav)
     places = (first.wav[:, 5_000].double() * 2**20).round()
     assert (places.diff() > 64 * 160).all()
+
+
+@pytest.fixture
+def half_broken(tmp_path):
+    """24 files of 3 s, every third of which is NaN from its first second on."""
+    rng = np.random.default_rng(0)
+    for number in range(24):
+        path = write(tmp_path / "audio" / f"{number}.wav", 3.0, subtype="FLOAT")
+        if number % 3 == 0:
+            wav = rng.normal(0, 0.1, 48_000)
+            wav[16_000:] = np.nan
+            soundfile.write(path, wav, 16_000, subtype="FLOAT")
+    return scan(tmp_path / "audio")[0], tmp_path / "audio"
+
+
+@pytest.fixture
+def crops_read(monkeypatch):
+    """Rows of the validation set that are read to be judged."""
+    rows, problem = [], CropDataset.problem
+    monkeypatch.setattr(
+        CropDataset, "problem", lambda self, row: (rows.append(row), problem(self, row))[1]
+    )
+    return rows
+
+
+def held_out(manifest, folder, verdicts=None, **options):
+    options = {"valid_share": 0.4, "crop_frames": 64, "seed": 5, "verdicts": verdicts, **options}
+    return split_held_out(manifest, data_folder=folder, **options)[1].tolist()
+
+
+def test_what_validation_draws_can_be_read(half_broken):
+    manifest, folder = half_broken
+    whole = split_held_out(manifest, 0.4, crop_frames=64)[1]
+    valid = held_out(manifest, folder)
+    pieces = cut_segments(manifest.subset(valid), 64)
+    dataset = CropDataset(pieces, folder, 64, seed=5, random_crops=False)
+    assert dataset.__getitems__([(9, row) for row in range(len(pieces))]).failures == []
+    names = {manifest.path(item) for item in whole} - {manifest.path(item) for item in valid}
+    assert names and all(int(name.split(".")[0]) % 3 == 0 for name in names)
+
+
+def test_a_resume_reads_no_held_out_file_again(half_broken, crops_read, tmp_path):
+    manifest, folder = half_broken
+    verdicts = tmp_path / "split" / "verdicts.json"
+    first = held_out(manifest, folder, verdicts)
+    assert first == held_out(manifest, folder) and len(crops_read) >= 2 * len(first)
+    crops_read.clear()
+    assert held_out(manifest, folder, verdicts) == first
+    assert crops_read == []
+    # of a file that has changed, its crops alone
+    changed = manifest.path(first[0])
+    write(folder / changed, 3.0, subtype="FLOAT")
+    again, _ = scan(folder)
+    assert held_out(again, folder, verdicts) == first
+    pieces = cut_segments(again.subset(first), 64)
+    rows = [row for row in range(len(pieces)) if pieces.path(row) == changed]
+    assert sorted(crops_read) == rows != []
+    # other crops are other crops
+    crops_read.clear()
+    held_out(again, folder, verdicts, seed=6)
+    assert len(crops_read) >= len(first)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[1]", '{"good": 1, "broken": []}', '{"good": [], "broken": [1]}']
+)
+def test_verdicts_that_cannot_be_read_are_found_anew(text, half_broken, tmp_path):
+    manifest, folder = half_broken
+    verdicts = tmp_path / "verdicts.json"
+    first = held_out(manifest, folder, verdicts)
+    kept = verdicts.read_text()
+    verdicts.write_text(text)
+    assert held_out(manifest, folder, verdicts) == first and verdicts.read_text() == kept
+
+
+def test_only_the_validation_crops_are_decoded(tmp_path, monkeypatch):
+    for number in range(3):
+        write(tmp_path / "audio" / f"{number}.wav", 120.0)
+    manifest, _ = scan(tmp_path / "audio")
+    read, sizes = soundfile.SoundFile.read, []
+    monkeypatch.setattr(
+        soundfile.SoundFile,
+        "read",
+        lambda self, frames, **options: (sizes.append(frames), read(self, frames, **options))[1],
+    )
+    held_out(manifest, tmp_path / "audio", crop_frames=208)
+    assert len(sizes) == 16 and max(sizes) <= 208 * 160 + 240  # of 1.9 million samples a file

@@ -27,6 +27,7 @@ GROUPS = {
     "gtzan": lambda path: path,
     "nsynth": lambda path: path,
     "surge": lambda path: path.parent.name,  # preset
+    "audioset20k": lambda path: path.stem,
     "custom": lambda path: path,
 }
 
@@ -58,7 +59,8 @@ def tree(name, tmp_path):
 def module(name, tree, monkeypatch):
     """The task's module, told that the small tree is the whole data set."""
     module = importlib.import_module(f"prepare.{name}")
-    classes = len({label for _, label, _, _ in tree.rows})
+    labels = [label for _, label, _, _ in tree.rows]
+    classes = len(set(";".join(labels).split(";") if tree.multilabel else labels))
     counts = tree.counts if name != "custom" else {}
     monkeypatch.setattr(module, "TASK", replace(module.TASK, counts=counts, classes=classes))
     return module

@@ -1,7 +1,7 @@
 """Every yaml runs with the flags of its row, in the form of SpeechBrain's own recipe tests.
 
 `tests/recipes/*.csv` has SpeechBrain's columns. In the flags, {data} and {labelled} stand for
-generated audio, {output} for an empty folder.
+generated audio, {encoder} for a small pretrained folder, {output} for an empty folder.
 """
 
 import csv
@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 import trees
+
+from speechbrain_jepa.checkpoints import save_pretrained
+from speechbrain_jepa.features import Normalization
+from speechbrain_jepa.vit import Encoder, PatchGrid
 
 REPOSITORY = Path(__file__).parents[2]
 ROWS = {
@@ -25,15 +29,22 @@ IMPORTED_BY_SCRIPTS = ("train", "run_all", "prepare")  # names that several reci
 @pytest.fixture
 def folders(request, tmp_path, audio_folder):
     """What the flags may name."""
-    name = Path(request.param["Hparam_file"]).stem
+    name = Path(request.param["Hparam_file"]).stem.removesuffix("_m2d")
     if request.param["Task"] == "Pretraining":
         data = audio_folder
+    elif request.param["Task"] == "EventDetection":
+        data = trees.events(tmp_path / "data").folder
     else:
         data = trees.TREES[name](tmp_path / "data").folder
     labelled = tmp_path / "labelled"
     if "{labelled}" in request.param["test_debug_flags"]:
         trees.custom(labelled / "pitches")
-    return {"data": data, "labelled": labelled, "output": tmp_path / "output"}
+    encoder = tmp_path / "encoder"
+    if "{encoder}" in request.param["test_debug_flags"]:
+        small = Encoder(PatchGrid(frames=64), dim=48, depth=2, num_heads=3)
+        save_pretrained(encoder, small, Normalization(-7.0, 4.0))
+    output = tmp_path / "output"
+    return {"data": data, "labelled": labelled, "encoder": encoder, "output": output}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The eight data sets in small: the same folders, file names, formats and metadata files.
+"""The data sets in small: the same folders, file names, formats and metadata files.
 
 Each function writes a tree and tells what is in it. Sounds are noisy tones, one pitch for each
 label, so that a probe has something to find. Metadata columns are those of the data sets; lengths
@@ -229,10 +229,58 @@ def custom(folder, multilabel=False, folds=False, **sound) -> Tree:
     return tree
 
 
+def audioset20k(folder, **sound) -> Tree:
+    """8 segments of each part, named as download scripts do, each with one or two of 3 labels."""
+    tree = Tree(folder, multilabel=True)
+    names = {"/m/09x0r": "Speech", "/m/0bt9lr": "Dog", "/t/dd00004": "Male speech, man speaking"}
+    parts = (("train", "balanced_train_segments", ".flac"), ("test", "eval_segments", ".wav"))
+    for split, part, suffix in parts:
+        lines = ["# Segments csv", "# num_ytids=8", "# YTID, start_seconds, end_seconds, labels"]
+        for number in range(8):
+            video = f"-{split[:2]}_{number:07d}"
+            mids = list(names)[: 1 + number % 2] if number % 3 else list(names)[2:]
+            stem = (
+                *(video, f"Y{video}", f"{video}_30", f"{video}_30.000"),
+                *(f"{video}_30000", f"{video}_30_40", f"Y{video}_30.000_40.000"),
+                f"{video}_30000_40000",
+            )[number]
+            label = ";".join(names[mid] for mid in mids)
+            tree.add(f"{part}/{stem}{suffix}", label, split, "", 3 * (number % 2), **sound)
+            lines.append(f'{video}, 30.000, 40.000, "{",".join(mids)}"')
+        (folder / f"{part}.csv").write_text("\n".join(lines) + "\n")
+    rows = [(number, *pair) for number, pair in enumerate(names.items())]
+    write_rows(folder / "class_labels_indices.csv", ("index", "mid", "display_name"), rows)
+    return tree
+
+
+def events(folder) -> Tree:
+    """10 clips of 2 s of noise, with two bursts of a low or a high tone in most of them."""
+    tree, rows = Tree(folder), []
+    splits = [*["train"] * 6, *["valid"] * 2, *["test"] * 2]
+    for number, split in enumerate(splits):
+        wav = 0.01 * np.random.default_rng(number).standard_normal(32_000)
+        name = f"audio/{number}.wav"
+        for label, onset, offset, frequency in (
+            ("low", 0.2 + 0.05 * number, 0.6 + 0.05 * number, 300),
+            ("high", 1.0, 1.6, 2500),
+        )[: 2 if number else 0]:
+            time = np.arange(round(onset * 16_000), round(offset * 16_000))
+            wav[time] += 0.3 * np.sin(2 * np.pi * frequency / 16_000 * time)
+            rows.append((name, onset, offset, label, split))
+        if not number:
+            rows.append((name, "", "", "", split))
+        (folder / "audio").mkdir(parents=True, exist_ok=True)
+        soundfile.write(folder / name, wav, 16_000)
+        tree.rows.append((name, "", split, ""))
+    write_rows(folder / "events.csv", ("file", "onset", "offset", "label", "split"), rows)
+    return tree
+
+
 TREES = {
     function.__name__: function
     for function in (
         *(esc50, urbansound8k, speech_commands, voxceleb1, cremad, gtzan, nsynth, surge),
+        audioset20k,
         custom,
     )
 }

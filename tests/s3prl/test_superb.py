@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from trees import make_tree
+from superb_trees import make_tree
 
 from speechbrain_jepa.checkpoints import save_pretrained
 from speechbrain_jepa.features import Normalization

@@ -299,7 +299,8 @@ def _report(task: Task, rows: list[tuple], skipped: list[tuple[str, str]]) -> di
     """A summary, and where the clips are not those of the published data set."""
     splits = Counter(split for *_, split, _ in rows)
     folds = {fold for *_, fold in rows if fold}
-    labels = {label for *_, label, _, _ in rows}
+    joined = [label for *_, label, _, _ in rows]
+    labels = set(";".join(joined).split(";") if task.multilabel else joined) - {""}
     parts = ", ".join(f"{split} {count}" for split, count in splits.items() if split)
     parts = parts or f"{len(folds)} folds"
     differences = [

@@ -4,6 +4,7 @@ Everything is drawn from the generator it is given. Audio is float32, mono, 16 k
 """
 
 import io
+import logging
 import struct
 import subprocess
 import tempfile
@@ -12,10 +13,13 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
+import torchaudio
 from sources import DRUM_PRESETS, HELD_OUT_PROGRAMS, HELD_OUT_VOICES
 
-from speechbrain_jepa.data.resampling import resampler
+from speechbrain_jepa.data.resampling import resampling_ratio
 from speechbrain_jepa.features import SAMPLE_RATE
+
+logger = logging.getLogger(__name__)
 
 PIECE_SECONDS = 10.0
 TICKS = 480  # of a MIDI quarter note, which lasts half a second: 960 ticks a second
@@ -33,7 +37,8 @@ def to_16k(wav: np.ndarray, rate: int) -> np.ndarray:
     """Mono at 16 kHz of [samples] or [samples, channels]."""
     wav = wav.mean(1) if wav.ndim == 2 else wav
     if rate != SAMPLE_RATE and len(wav):
-        wav = resampler(rate)(torch.from_numpy(np.ascontiguousarray(wav, np.float32))).numpy()
+        resample = torchaudio.transforms.Resample(*resampling_ratio(rate))
+        wav = resample(torch.from_numpy(np.ascontiguousarray(wav, np.float32))).numpy()
     return wav.astype(np.float32)
 
 
@@ -207,9 +212,13 @@ def speech(rng, texts: dict[str, list[str]], variants: list[str]) -> np.ndarray:
 
 
 def say(text: str, voice: str, speed: int, pitch: int) -> np.ndarray:
-    """A text spoken by espeak-ng."""
+    """A text spoken by espeak-ng; nothing where it crashes, as with some texts in some voices."""
     command = ["espeak-ng", "-v", voice, "-s", str(speed), "-p", str(pitch), "--stdout"]
-    spoken = subprocess.run(command, input=text.encode(), capture_output=True, check=True)
+    spoken = subprocess.run(command, input=text.encode(), capture_output=True)
+    if spoken.returncode < 0:
+        logger.warning("left out: espeak-ng in voice %s crashes with %r", voice, text)
+        return np.zeros(0, np.float32)
+    spoken.check_returncode()
     # the header's length is that of an endless stream
     rate = struct.unpack_from("<I", spoken.stdout, 24)[0]
     samples = np.frombuffer(spoken.stdout[44 : len(spoken.stdout) // 2 * 2], "<i2")

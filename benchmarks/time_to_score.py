@@ -1,0 +1,129 @@
+"""What a recipe teaches in so many minutes: pretrains, probes, and draws score over minutes.
+
+    python benchmarks/time_to_score.py --data_folder my_audio --tasks_folder my_tasks \
+        --minutes 2 5 15 60 --recipes quickstart plain
+
+A recipe is a name below, or a yaml. Its steps a minute are measured first, its schedule is fitted
+to each budget, and every run is a row of scores.csv, with the command that makes it again. Started
+again, it goes on; a run that failed stays in the table. Recipes are chosen by the valid column.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from speechbrain_jepa.evaluation.comparison import (
+    DONE,
+    LOG_MEL,
+    SPLITS,
+    UNTRAINED,
+    Comparison,
+    Run,
+    table_of,
+    training_of,
+)
+from speechbrain_jepa.files import write_text
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = str(ROOT / "hparams" / "quickstart.yaml")
+RECIPES = {
+    "quickstart": (QUICKSTART,),
+    "plain": (QUICKSTART, "--regularizer", "null"),
+}
+CALIBRATION_STEPS = 60  # enough for three log intervals, of which the first is not used
+
+
+def arguments_of(recipe: str) -> tuple[str, ...]:
+    """What train.py is told for a recipe of `RECIPES` or a yaml."""
+    if recipe in RECIPES:
+        return RECIPES[recipe]
+    if Path(recipe).is_file():
+        return (recipe,)
+    sys.exit(f"--recipes {recipe}: neither a yaml nor one of {', '.join(RECIPES)}")
+
+
+def steps_a_minute(comparison: Comparison, recipe: str) -> float:
+    """Measured once and kept, so that a table that is gone on with keeps its steps."""
+    path = comparison.output_folder / "steps_a_minute.json"
+    rates = json.loads(path.read_text()) if path.exists() else {}
+    if recipe not in rates:
+        limits = (
+            f"--optimizer_step_limit {CALIBRATION_STEPS} --log_interval {CALIBRATION_STEPS // 3}"
+        )
+        run = Run("calibration", (*arguments_of(recipe), *limits.split()), 0, {"of": recipe})
+        folder = comparison.train_only(run)
+        metrics = pd.read_csv(folder / "metrics.csv")["train_clips_per_second"].dropna()
+        clips = int(training_of(folder)["global_batch"])
+        rates[recipe] = float(60 * metrics.iloc[1:].median() / clips)
+        write_text(path, json.dumps(rates, indent=2))
+    return rates[recipe]
+
+
+def draw(rows: list[dict[str, str]], path: Path) -> None:
+    """Mean and deviation of the test average over minutes; log-mel and untrained as lines."""
+    table = pd.DataFrame([row for row in rows if row["status"] == DONE])
+    table["test"] = table["test"].astype(float)
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for name, style in ((LOG_MEL, ":"), (UNTRAINED, "--")):
+        level = table.loc[table["recipe"] == name, "test"].mean()
+        axes.axhline(level, color="grey", linestyle=style, label=f"{name} {level:.1f}")
+    runs = table[table["minutes"].fillna("") != ""]
+    for name, of_recipe in runs.groupby("recipe", sort=False):
+        seeds = of_recipe.groupby(of_recipe["minutes"].astype(float))["test"]
+        mean, deviation = seeds.mean(), seeds.std().fillna(0.0)
+        axes.errorbar(mean.index, mean, yerr=deviation, marker="o", capsize=3, label=name)
+    axes.set_xscale("log")
+    axes.set_xlabel("minutes of pretraining")
+    axes.set_ylabel("test accuracy, mean over the tasks, %")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def main(arguments=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data_folder", help="default: the demo corpus")
+    parser.add_argument("--tasks_folder", required=True, help="of meta.csv files")
+    parser.add_argument("--minutes", nargs="+", type=float, default=[2, 5, 15, 60])
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), help="names or yamls")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--output_folder", default="results/time_to_score")
+    parser.add_argument("--overrides", nargs=argparse.REMAINDER, default=[], help="of every recipe")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for recipe in options.recipes:
+        arguments_of(recipe)
+    comparison = Comparison(
+        options.output_folder, options.data_folder, options.tasks_folder, ROOT / "train.py"
+    )
+    rows = []
+    # one seed everywhere before the second, short budgets before long ones
+    for seed in options.seeds:
+        for minutes in sorted(options.minutes):
+            for recipe in options.recipes:
+                steps = max(1, round(minutes * steps_a_minute(comparison, recipe)))
+                limit = ("--optimizer_step_limit", str(steps), *options.overrides)
+                keys = {"minutes": f"{minutes:g}"}
+                run = Run(Path(recipe).stem, (*arguments_of(recipe), *limit), seed, keys)
+                rows += comparison.run([run])
+    done = [row for row in rows if row["status"] == DONE]
+    if done:
+        rows = (
+            comparison.baselines(comparison.output_folder / done[0]["folder"] / "pretrained") + rows
+        )
+        draw(rows, comparison.output_folder / "score_over_minutes.png")
+    columns = [*SPLITS, *comparison.label_sets]
+    table = table_of(rows, ["recipe", "minutes"], columns)
+    write_text(comparison.output_folder / "scores.md", table + "\n")
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""The paper's questions, asked again on a small scale: which choices change what is learnt?
+
+    python recipes/pretraining/study.py --data_folder free_audio/audio --tasks_folder my_tasks
+
+Small encoders (the quickstart's) trained for --steps steps, every choice with every seed:
+
+- strategies: three masking strategies x two domains of target masking x plain and regularised
+- durations: crops of 2.1, 3.2 and 6.4 s
+- ema: EMA rates at the start x plain, VarianceCovariance, SIGReg (docs/collapse.md)
+
+One csv, a row a run, and a table for each question. Started again, it goes on.
+"""
+
+import argparse
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+from speechbrain_jepa.evaluation.comparison import DONE, SPLITS, Comparison, Run, table_of
+from speechbrain_jepa.files import write_text
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = str(ROOT / "hparams" / "quickstart.yaml")
+STRATEGIES = {
+    "unstructured": (),
+    "multi-block": (
+        "--masking",
+        "!new:speechbrain_jepa.masking.MultiBlockMasking {grid: !ref <grid>}",
+    ),
+    "time": ("--masking", "!new:speechbrain_jepa.masking.TimeMasking {grid: !ref <grid>}"),
+}
+REGULARIZERS = {
+    "none": ("--regularizer", "null"),
+    "VarianceCovariance": (),
+    "SIGReg": (*("--regularizer", "!new:speechbrain_jepa.regularizers.SIGReg {weight: 0.1}"),),
+}
+FRAMES = {"2.1 s": 208, "3.2 s": 320, "6.4 s": 640}
+EMA_RATES = ("0", "0.9", "0.99", "0.999", "0.9999")
+
+
+def strategies() -> Iterator[tuple[dict[str, str], tuple[str, ...]]]:
+    for regularizer in ("VarianceCovariance", "none"):
+        for target_masking in ("audio", "latent"):
+            for strategy, masking in STRATEGIES.items():
+                keys = {
+                    "masking": strategy,
+                    "target masking": target_masking,
+                    "regularizer": regularizer,
+                }
+                yield (
+                    keys,
+                    (*masking, "--target_masking", target_masking, *REGULARIZERS[regularizer]),
+                )
+
+
+def durations() -> Iterator[tuple[dict[str, str], tuple[str, ...]]]:
+    for duration, frames in FRAMES.items():
+        yield {"duration": duration}, ("--crop_frames", str(frames))
+
+
+def ema() -> Iterator[tuple[dict[str, str], tuple[str, ...]]]:
+    for rate in EMA_RATES:
+        end = "0" if rate == "0" else "0.9999"
+        for regularizer, arguments in REGULARIZERS.items():
+            keys = {"EMA at the start": rate, "regularizer": regularizer}
+            yield keys, ("--ema_start", rate, "--ema_end", end, *arguments)
+
+
+QUESTIONS = {"strategies": strategies, "durations": durations, "ema": ema}
+
+
+def main(arguments=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data_folder", help="default: the demo corpus")
+    parser.add_argument("--tasks_folder", required=True, help="of meta.csv files")
+    parser.add_argument("--questions", nargs="+", choices=QUESTIONS, default=list(QUESTIONS))
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--output_folder", default="results/study")
+    parser.add_argument("--overrides", nargs=argparse.REMAINDER, default=[], help="of every run")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    comparison = Comparison(
+        options.output_folder, options.data_folder, options.tasks_folder, ROOT / "train.py"
+    )
+    rows: dict[str, list] = {question: [] for question in options.questions}
+    for seed in options.seeds:  # one seed everywhere before the second
+        for question, found in rows.items():
+            for keys, choices in QUESTIONS[question]():
+                limit = ("--optimizer_step_limit", str(options.steps), *options.overrides)
+                run = Run(question, (QUICKSTART, *choices, *limit), seed, keys)
+                found += comparison.run([run])
+    done = [row for found in rows.values() for row in found if row["status"] == DONE]
+    columns = [*SPLITS, *comparison.label_sets]
+    text = ""
+    if done:
+        shape = comparison.output_folder / done[0]["folder"] / "pretrained"
+        text = table_of(comparison.baselines(shape), ["recipe"], columns) + "\n"
+    for question, found in rows.items():
+        by = list(next(QUESTIONS[question]())[0])
+        text += f"\n## {question}\n\n{table_of(found, by, ['rank', *columns])}\n"
+    write_text(comparison.output_folder / "study.md", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,302 @@
+"""Pretraining recipes compared: runs of train.py, scored by the quick probe, in one csv.
+
+A run is a row as soon as it ends. What is a row is not run again, and a run that was killed goes on
+from its checkpoint. A run that failed is a row that says so, and is tried again next time.
+"""
+
+import csv
+import io
+import logging
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from speechbrain_jepa.encoder import AudioJEPA
+from speechbrain_jepa.evaluation.logmel import logmel_statistics
+from speechbrain_jepa.evaluation.online_probe import embed_with
+from speechbrain_jepa.evaluation.quick_probe import (
+    embed_files,
+    files_used,
+    probe_table,
+    read_label_sets,
+)
+from speechbrain_jepa.files import folder_lock, write_text
+from speechbrain_jepa.vit import Encoder
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("valid", "test")
+LOG_MEL = "log-mel statistics"
+UNTRAINED = "untrained"
+DONE = "done"
+MEASURED = ("steps", "global_batch", "minutes_trained", "rank", "status", *SPLITS)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One pretraining.
+
+    Arguments
+    ---------
+    recipe : str
+        Name of the recipe in the table.
+    arguments : tuple of str
+        What train.py is told: a yaml and overrides. Folders and the seed come with `Comparison`.
+    seed : int
+    keys : mapping
+        Further columns that tell runs apart, such as the budget.
+    """
+
+    recipe: str
+    arguments: tuple[str, ...]
+    seed: int = 0
+    keys: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """The columns that tell this run from the others, as text."""
+        columns = {"recipe": self.recipe, **self.keys, "seed": self.seed}
+        return {name: str(value) for name, value in columns.items()}
+
+    @property
+    def folder(self) -> str:
+        """Its folder's name."""
+        return re.sub(r"[^\w.-]+", "_", "-".join(self.identity.values()))
+
+
+class Comparison:
+    """A table of runs on one corpus and one folder of label sets.
+
+    Arguments
+    ---------
+    output_folder : str or path
+        Holds `scores.csv`, a folder for each run, and the scan that they share.
+    data_folder : str, path or None
+        Audio to pretrain on. None: the demo corpus.
+    tasks_folder : str or path
+        Label sets (see `read_label_sets`) with train, valid and test rows.
+    train : str or path
+        The pretraining script.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If the label sets do not fit, before anything is trained.
+    """
+
+    def __init__(self, output_folder, data_folder, tasks_folder, train):
+        self.output_folder = Path(output_folder)
+        self.data_folder = data_folder
+        self.train = Path(train)
+        self.label_sets = read_label_sets(tasks_folder)
+        for name, clips in self.label_sets.items():
+            missing = {"train", *SPLITS} - set(clips.splits)
+            if missing:
+                raise ValueError(
+                    f"label set {name} of {tasks_folder} has no {sorted(missing)[0]} rows: recipes "
+                    "are chosen on valid, and test is for the table"
+                )
+        self.output_folder.mkdir(parents=True, exist_ok=True)
+        self.csv = self.output_folder / "scores.csv"
+
+    @property
+    def rows(self) -> list[dict[str, str]]:
+        """What scores.csv holds."""
+        if not self.csv.exists():
+            return []
+        with open(self.csv, newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+    def command(self, run: Run) -> list[str]:
+        """What makes this run again, by itself."""
+        data = [] if self.data_folder is None else ["--data_folder", str(self.data_folder)]
+        return [
+            *(sys.executable, str(self.train), *run.arguments, *data),
+            *("--output_folder", str(self.output_folder / run.folder)),
+            *("--cache_folder", str(self.output_folder / "scan")),
+            *("--seed", str(run.seed), "--after_training", "null", "--noprogressbar"),
+        ]
+
+    def run(self, runs: Iterable[Run]) -> list[dict[str, str]]:
+        """Train and score what is not a row yet, one run after another.
+
+        Returns
+        -------
+        list of dict
+            The rows of `runs`, as in scores.csv.
+        """
+        wanted = []
+        with folder_lock(self.output_folder, fix="wait for that comparison, or name another"):
+            for run in runs:
+                row = self._row_of(run)
+                if row is None or row["status"] != DONE:
+                    logger.info("pretraining %s", run.identity)
+                    row = self._train_and_score(run)
+                    self._add(run, row)
+                wanted.append(row)
+        return wanted
+
+    def baselines(self, like: str | Path, seeds: Sequence[int] = (0, 1, 2)) -> list[dict[str, str]]:
+        """Log-mel statistics, and untrained encoders of the shape of a pretrained folder."""
+        runs = [Run(LOG_MEL, ()), *(Run(UNTRAINED, (), seed) for seed in seeds)]
+        rows = []
+        with folder_lock(self.output_folder, fix="wait for that comparison, or name another"):
+            for run in runs:
+                row = self._row_of(run)
+                if row is None:
+                    embed = logmel_statistics
+                    if run.recipe == UNTRAINED:
+                        embed = embed_with(untrained_like(AudioJEPA(like), run.seed))
+                    row = run.identity | {"status": DONE} | self.score(embed)
+                    self._add(run, row)
+                rows.append(row)
+        return rows
+
+    def score(self, embed) -> dict[str, str]:
+        """Average accuracy on valid and test, and the test accuracy of each label set, in %."""
+        files = files_used(self.label_sets, ("train", *SPLITS))
+        features, read = embed_files(files, {"x": [embed]})
+        tables = {s: probe_table(features, read, self.label_sets, s).accuracy for s in SPLITS}
+        averages = {split: table.mean(axis=1).iloc[0] for split, table in tables.items()}
+        columns = averages | tables["test"].iloc[0].to_dict()
+        return {name: f"{value:.2f}" for name, value in columns.items()}
+
+    def _row_of(self, run: Run) -> dict[str, str] | None:
+        for row in self.rows:
+            if run.identity.items() <= row.items():
+                return row
+        return None
+
+    def _add(self, run: Run, row: dict[str, str]) -> None:
+        rows = [old for old in self.rows if not run.identity.items() <= old.items()] + [row]
+        keys = dict.fromkeys(name for r in rows for name in r)
+        last = ("folder", "command")
+        tasks = [name for name in self.label_sets if name in keys]
+        known = {*MEASURED, *last, *tasks}
+        columns = [name for name in keys if name not in known]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, [*columns, *MEASURED, *tasks, *last], restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(self.csv, text.getvalue())
+
+    def train_only(self, run: Run) -> Path:
+        """Pretrain, or go on where a killed run was.
+
+        Returns
+        -------
+        Path
+            The experiment folder.
+
+        Raises
+        ------
+        RuntimeError
+            If train.py fails, with its last line. What it printed is in output.txt.
+        """
+        folder = self.output_folder / run.folder
+        folder.mkdir(exist_ok=True)
+        with open(folder / "output.txt", "ab") as output:
+            command = self.command(run)
+            code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
+        if code:
+            lines = (folder / "output.txt").read_text(errors="replace").strip().splitlines()
+            raise RuntimeError(lines[-1] if lines else f"exit status {code}")
+        return folder
+
+    def _train_and_score(self, run: Run) -> dict[str, str]:
+        row = run.identity | {"command": shlex.join(self.command(run)), "folder": run.folder}
+        try:
+            folder = self.train_only(run)
+        except RuntimeError as error:
+            logger.error("%s failed: %s", run.folder, error)
+            return row | {"status": f"failed: {error}"[:200]}
+        scores = self.score(embed_with(AudioJEPA(folder / "pretrained")))
+        return row | training_of(folder) | {"status": DONE} | scores
+
+
+def untrained_like(encoder: AudioJEPA, seed: int) -> AudioJEPA:
+    """The same shape, normalisation and read-out with the weights of a fresh initialisation."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = Encoder(encoder.encoder.grid, **encoder.encoder.config)
+    encoder.encoder.load_state_dict(fresh.state_dict())
+    return encoder
+
+
+def training_of(folder: str | Path) -> dict[str, str]:
+    """Steps, minutes of training (validation and start not counted) and the last effective rank.
+
+    Arguments
+    ---------
+    folder : str or path
+        An experiment folder.
+    """
+    metrics = pd.read_csv(Path(folder) / "metrics.csv")
+    train = metrics.dropna(subset=["train_clips_per_second"])
+    steps = np.diff(train["step"], prepend=0)
+    description = AudioJEPA(Path(folder) / "pretrained").description["training"]
+    seconds = (steps * description["global_batch"] / train["train_clips_per_second"]).sum()
+    return {
+        "steps": str(int(metrics["step"].max())),
+        "global_batch": str(description["global_batch"]),
+        "minutes_trained": f"{seconds / 60:.2f}",
+        "rank": f"{metrics['valid_embedding_rank'].dropna().iloc[-1]:.0f}",
+    }
+
+
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """
+    Example
+    -------
+    >>> mean_and_deviation([66.0, 68.0])
+    '67.0 ± 1.4'
+    """
+    mean = np.mean(values)
+    return f"{mean:.1f}" if len(values) < 2 else f"{mean:.1f} ± {np.std(values, ddof=1):.1f}"
+
+
+def table_of(rows: Sequence[Mapping[str, str]], by: Sequence[str], columns: Sequence[str]) -> str:
+    """Markdown: one line per group of rows, mean and deviation over its seeds.
+
+    Arguments
+    ---------
+    rows : sequence of mappings
+        As in scores.csv.
+    by : sequence of str
+        Columns whose values make a group, in the order of their first appearance.
+    columns : sequence of str
+        Numbers to average. A group whose runs all failed says so.
+
+    Example
+    -------
+    >>> rows = [{"recipe": "a", "status": "done", "test": t} for t in ("66.0", "68.0")]
+    >>> print(table_of(rows, ["recipe"], ["test"]))
+    | recipe | seeds | test |
+    | --- | --- | --- |
+    | a | 2 | 67.0 ± 1.4 |
+    """
+    groups: dict[tuple, list[Mapping[str, str]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row.get(name, "") for name in by), []).append(row)
+    lines = [(*by, "seeds", *columns), ("---",) * (len(by) + 1 + len(columns))]
+    for group, members in groups.items():
+        done = [row for row in members if row["status"] == DONE]
+        failed = next((row["status"] for row in members if row["status"] != DONE), "")
+        cells = [
+            mean_and_deviation([float(row[name]) for row in done if row.get(name)])
+            if any(row.get(name) for row in done)
+            else ""
+            for name in columns
+        ]
+        if not done and cells:
+            cells[0] = failed
+        lines.append((*group, str(len(done)), *cells))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -1,0 +1,1 @@
+"""Training a classifier with its encoder on labelled audio: recipes/finetuning, event_detection."""

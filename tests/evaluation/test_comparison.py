@@ -1,0 +1,172 @@
+"""Runs are trained, scored and kept; a failure is a row; a row can be had again by its command."""
+
+import csv
+import importlib.util
+import shlex
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+
+from speechbrain_jepa.encoder import AudioJEPA
+from speechbrain_jepa.evaluation.comparison import (
+    Comparison,
+    Run,
+    table_of,
+    training_of,
+    untrained_like,
+)
+from speechbrain_jepa.evaluation.online_probe import embed_with
+
+ROOT = Path(__file__).parents[2]
+SMALL = (
+    *(str(ROOT / "hparams" / "quickstart.yaml"), "--encoder_dim", "24", "--encoder_depth", "1"),
+    *("--predictor_dim", "24", "--predictor_depth", "1", "--batch_size", "4", "--norm_crops", "8"),
+    *("--num_workers", "0", "--log_interval", "1", "--optimizer_step_limit", "2"),
+)
+
+
+def load_script(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """Noise of two colours and three splits; valid has labels that are the other way round."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rng = np.random.default_rng(0)
+    rows = ["file,split,label"]
+    for number in range(24):
+        noise = rng.normal(0, 0.1, 8_000)
+        low = number % 2
+        soundfile.write(folder / f"{number}.wav", noise.cumsum() / 50 if low else noise, 16_000)
+        split = ("train", "train", "valid", "test")[number // 2 % 4]
+        rows.append(f"{number}.wav,{split},{'high' if bool(low) == (split == 'valid') else 'low'}")
+    (folder / "meta.csv").write_text("\n".join(rows))
+    return folder
+
+
+def test_a_run_is_a_row_once_and_a_failure_is_tried_again(
+    tasks, tmp_path, audio_folder, capfd, monkeypatch
+):
+    comparison = Comparison(tmp_path / "out", audio_folder, tasks, ROOT / "train.py")
+    runs = [
+        Run("small", SMALL, 3, {"minutes": "0.1"}),
+        Run("broken", (*SMALL, "--loss", "!new:speechbrain_jepa.losses.NoSuchLoss"), 3),
+    ]
+    good, bad = comparison.run(runs)
+    assert good["status"] == "done" and good["steps"] == "2" and good["minutes"] == "0.1"
+    assert float(good["test"]) == 100.0  # noises that any encoder tells apart
+    assert float(good["valid"]) == 0.0  # of which valid is labelled the other way round
+    assert bad["status"].startswith("failed: ") and "NoSuchLoss" in bad["status"]
+    with open(comparison.csv, newline="") as file:
+        assert [row["recipe"] for row in csv.DictReader(file)] == ["small", "broken"]
+    started = []
+    monkeypatch.setattr(comparison, "train_only", lambda run: started.append(run.recipe) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        comparison.run(runs)
+    assert started == ["broken"]
+    # the row can be had again by its command
+    command = shlex.split(good["command"])
+    again = tmp_path / "again"
+    command[command.index("--output_folder") + 1] = str(again)
+    subprocess.run(command, check=True, capture_output=True)
+    pair = [tmp_path / "out" / good["folder"], again]
+    first, second = ((folder / "pretrained/model.safetensors").read_bytes() for folder in pair)
+    assert first == second
+
+
+def test_minutes_of_training_are_those_of_the_rows_of_training(tmp_path, monkeypatch):
+    (tmp_path / "metrics.csv").write_text(
+        "step,train_clips_per_second,valid_embedding_rank\n"
+        "0,,20\n10,32,\n30,16,\n30,,25.4\n"  # 10 steps of 32 at 32 a second, 20 at 16
+    )
+
+    described = SimpleNamespace(description={"training": {"global_batch": 32}})
+    monkeypatch.setattr(
+        "speechbrain_jepa.evaluation.comparison.AudioJEPA", lambda folder: described
+    )
+    trained = training_of(tmp_path)
+    assert trained["steps"] == "30" and trained["rank"] == "25"
+    assert float(trained["minutes_trained"]) == pytest.approx((10 + 40) / 60, abs=0.01)
+
+
+def test_label_sets_without_valid_rows_stop_before_training(tasks, tmp_path):
+    text = (tasks / "meta.csv").read_text().replace(",valid,", ",train,")
+    for file in tasks.glob("*.wav"):
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "meta.csv").write_text(text)
+    with pytest.raises(ValueError, match="has no valid rows"):
+        Comparison(tmp_path / "out", None, tmp_path, ROOT / "train.py")
+
+
+def test_untrained_encoders_have_the_shape_and_other_weights():
+    trained = AudioJEPA()
+    fresh, same, other = (untrained_like(AudioJEPA(), seed) for seed in (0, 0, 1))
+    wav = [np.random.default_rng(0).normal(0, 0.1, 16_000).astype(np.float32)]
+    embeddings = [embed_with(encoder)(wav) for encoder in (trained, fresh, same, other)]
+    assert len({x.shape for x in embeddings}) == 1
+    np.testing.assert_array_equal(embeddings[1], embeddings[2])
+    assert not np.allclose(embeddings[1], embeddings[3])
+    assert not np.allclose(embeddings[0], embeddings[1])
+
+
+def test_a_table_averages_over_seeds_and_names_what_failed():
+    rows = [
+        {"recipe": "a", "status": "done", "test": "60"},
+        {"recipe": "b", "status": "failed: out of memory"},
+        {"recipe": "a", "status": "done", "test": "64"},
+        {"recipe": "a", "status": "failed: killed"},
+    ]
+    assert table_of(rows, ["recipe"], ["test"]).splitlines()[2:] == [
+        "| a | 2 | 62.0 ± 2.8 |",
+        "| b | 0 | failed: out of memory |",
+    ]
+
+
+def test_time_to_score_fits_steps_to_the_budget_and_draws(
+    tasks, tmp_path, audio_folder, capsys, monkeypatch
+):
+    script = load_script(ROOT / "benchmarks" / "time_to_score.py")
+    monkeypatch.setitem(script.RECIPES, "small", SMALL[:-2])
+    monkeypatch.setattr(script, "CALIBRATION_STEPS", 3)
+    (tmp_path / "steps_a_minute.json").write_text('{"small": 30}')
+    arguments = f"--data_folder {audio_folder} --tasks_folder {tasks} --minutes 0.1 --seeds 0"
+    script.main([*arguments.split(), "--recipes", "small", "--output_folder", str(tmp_path)])
+    table = capsys.readouterr().out
+    assert "| small | 0.1 | 1 | 0.0 | 100.0 | 100.0 |" in table
+    assert "| log-mel statistics |  | 1 | 0.0 | 100.0 | 100.0 |" in table
+    rows = Comparison(tmp_path, audio_folder, tasks, ROOT / "train.py").rows
+    assert [row["steps"] for row in rows if row["recipe"] == "small"] == ["3"]
+    assert (tmp_path / "score_over_minutes.png").stat().st_size > 10_000
+
+
+def test_every_cell_of_the_study_is_a_recipe_that_the_yaml_takes():
+    from hyperpyyaml import load_hyperpyyaml
+
+    from speechbrain_jepa.recipe import resolve_recipe
+
+    script = load_script(ROOT / "recipes" / "pretraining" / "study.py")
+    small = dict(zip((flag[2:] for flag in SMALL[1::2]), SMALL[2::2]))
+    counts = {}
+    for question, cells in script.QUESTIONS.items():
+        seen = set()
+        for keys, choices in cells():
+            flags = {flag[2:]: value for flag, value in zip(choices[::2], choices[1::2])}
+            overrides = "\n".join(f"{k}: {v}" for k, v in (small | flags).items())
+            hparams = load_hyperpyyaml(resolve_recipe(script.QUICKSTART, overrides, {}))
+            jepa = hparams["jepa"]
+            masking = type(hparams["masking"]).__name__
+            regularizer = type(jepa.regularizer).__name__
+            ema = (hparams["ema_schedule"].start, hparams["ema_schedule"].end)
+            seen.add((masking, jepa.target_masking, regularizer, hparams["grid"].frames, ema))
+            if keys.get("masking") == "multi-block":
+                assert masking == "MultiBlockMasking"
+        counts[question] = len(seen)
+    assert counts == {"strategies": 12, "durations": 3, "ema": 15}
