@@ -32,12 +32,13 @@ from speechbrain_jepa.files import write_text
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "hparams" / "quickstart.yaml")
-PAPER_FEATURES = ("--n_fft", "400", "--n_mels", "80", "--patch_frequency", "16")
+BANDS = ("--n_mels", "128", "--patch_frequency", "32")
 RECIPES = {
     "quickstart": (QUICKSTART,),
     "plain": (QUICKSTART, "--regularizer", "null"),
-    "paper_features": (QUICKSTART, *PAPER_FEATURES),
-    "plain_paper_features": (QUICKSTART, "--regularizer", "null", *PAPER_FEATURES),
+    "read_all": (QUICKSTART, "--embedding_layers", "all", "--embedding_pooling", "mean_std"),
+    "windows_of_64_ms": (QUICKSTART, "--n_fft", "1024", *BANDS),
+    "windows_of_128_ms": (QUICKSTART, "--n_fft", "2048", *BANDS),
     "latent": (QUICKSTART, "--target_masking", "latent"),
     "all_target_layers": (QUICKSTART, "--target_layers", "all"),
     "many_masks": (
