@@ -164,7 +164,11 @@ def table(costs: dict[str, float], counted: tuple[float, float, int], args) -> N
     row("an epoch of the step alone", "s", lambda n: args.corpus / rate / n)
     for name in (n for n in costs if n.startswith("a crop")):
         row(f"loaders: {name}", "CPUs", lambda n, name=name: rate * n * costs[name])
-    row(f"bytes read, a whole file for {CROPS} crops", "GB/s", lambda n: rate * n / CROPS * costs["bytes"] / 1e9)
+    row(
+        f"bytes read, a whole file for {CROPS} crops",
+        "GB/s",
+        lambda n: rate * n / CROPS * costs["bytes"] / 1e9,
+    )
     row(
         "gradients, ring all-reduce, float32",
         "ms a step",

@@ -25,6 +25,7 @@ from speechbrain_jepa.throughput import Spent
 
 FILES_A_PART = 64
 BLOCKS_A_CPU = 4  # at least, so that a lost worker costs little
+ACTOR_CPUS = 0.5  # of an actor without a GPU: a quarter of all, where as many are left to decode
 
 
 def decode(row: dict) -> dict:
@@ -38,7 +39,7 @@ def decode(row: dict) -> dict:
     return {**row, "wav": wav, "reason": reason, "reading": time.perf_counter() - began}
 
 
-class Encoder:
+class EncoderActor:
     """An actor: the encoder, on a GPU of its own where the cluster has any.
 
     Arguments
@@ -97,7 +98,7 @@ def embed_on_ray(
 ) -> None:
     """Embed the files that no part has on a cluster, into the parts' folder.
 
-    As many actors embed as there are GPUs; without any, half of the CPUs are theirs.
+    As many actors embed as there are GPUs; without any, one for every two CPUs.
 
     Arguments
     ---------
@@ -120,6 +121,8 @@ def embed_on_ray(
         Whatever ended a worker, other than its loss.
     """
     left = [file for file in files if file not in embeddings.place]
+    if not left:
+        return
     with on_cluster(address) as ray, spent.on("whole"):
         gpus = int(ray.cluster_resources().get("GPU", 0))
         cpus = int(ray.cluster_resources().get("CPU", 1))
@@ -134,14 +137,14 @@ def embed_on_ray(
         )
         reference = ray.put(model)
         done = data.map(decode).map_batches(
-            Encoder,
+            EncoderActor,
             fn_constructor_args=(
                 *(reference, os.path.abspath(embeddings.parts)),
                 *(level, precision, batch_seconds),
             ),
             batch_size=FILES_A_PART,
             compute=ray.data.ActorPoolStrategy(size=actors),
-            **({"num_gpus": 1} if gpus else {"num_cpus": 1}),
+            **({"num_gpus": 1} if gpus else {"num_cpus": ACTOR_CPUS}),
         )
         busy = Spent()
         with tqdm(total=len(files), initial=len(files) - len(left)) as bar:

@@ -252,13 +252,6 @@ class Embeddings:
         shutil.rmtree(self.parts)
         return files
 
-    def normalization(self, measure: Callable[[], dict]) -> dict:
-        """What `measure` gives, or gave before an interruption."""
-        path = self.parts / "normalization.json"
-        if not path.exists():
-            write_text(path, json.dumps(measure()))
-        return json.loads(path.read_text(encoding="utf-8"))
-
     def _counts(self, files: list[str]) -> np.ndarray:
         return np.array([self.place[file][2] for file in files])
 
