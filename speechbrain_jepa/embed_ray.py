@@ -152,7 +152,7 @@ def embed_on_ray(
                 for row in done.iter_rows():
                     part, failed = json.loads(row["done"])
                     busy.sum_of([busy, Spent(**part)])
-                    skipped.report([tuple(line) for line in failed])
+                    skipped.report([(file, reason) for file, reason in failed])
                     bar.update(part["files"] + len(failed))
             except ray.exceptions.RayError as error:
                 cause = cause_of(error)
