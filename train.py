@@ -94,9 +94,8 @@ def make_loaders(hparams):
     ranks = {"rank": rank, "world_size": world_size, "passes": hparams["passes_per_epoch"]}
     if hparams["mixed_frames"]:
         check_mixed(hparams["mixed_frames"], hparams["crop_frames"], hparams["crops_per_file"])
-        sampler = MixedCropSampler(
-            len(train_set), hparams["batch_size"], hparams["mixed_frames"], hparams["seed"], **ranks
-        )
+        mixed = (hparams["batch_size"], hparams["mixed_frames"])
+        sampler = MixedCropSampler(len(train_set), *mixed, seed=hparams["seed"], **ranks)
     else:
         sampler = CropSampler(len(train_set), *sampling, **ranks, **crops)
     valid_set = CropDataset(Manifest.load(split / "valid"), *where, random_crops=False, **window)
@@ -161,7 +160,7 @@ def write_page_of_run(hparams, pretrained):
     """report.html, where the libraries of the extra [evaluation] are installed."""
     try:
         from speechbrain_jepa.report import report_run
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         logger.warning(f"No report: {error}")
     else:
         report_run(hparams, pretrained)

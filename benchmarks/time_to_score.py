@@ -32,9 +32,25 @@ from speechbrain_jepa.files import write_text
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "hparams" / "quickstart.yaml")
+PAPER_FEATURES = ("--n_fft", "400", "--n_mels", "80", "--patch_frequency", "16")
 RECIPES = {
     "quickstart": (QUICKSTART,),
     "plain": (QUICKSTART, "--regularizer", "null"),
+    "paper_features": (QUICKSTART, *PAPER_FEATURES),
+    "plain_paper_features": (QUICKSTART, "--regularizer", "null", *PAPER_FEATURES),
+    "latent": (QUICKSTART, "--target_masking", "latent"),
+    "all_target_layers": (QUICKSTART, "--target_layers", "all"),
+    "many_masks": (
+        *(QUICKSTART, "--target_masking", "latent", "--masks_per_clip", "4"),
+        *("--batch_size", "8"),
+    ),
+    "cross_attention": (QUICKSTART, "--predictor_cross_attention", "True"),
+    "half_predicted": (QUICKSTART, "--predicted_share", "0.5"),
+    "mixed_durations": (QUICKSTART, "--mixed_frames", "[96, 208]"),
+    "muon": (QUICKSTART, "--muon", "True"),
+    "augmented": (QUICKSTART, "--mix_background", "0.3", "--random_gain_db", "6"),
+    "eight_layers": (QUICKSTART, "--encoder_depth", "8"),
+    "narrow_patches": (QUICKSTART, "--patch_time", "8"),
 }
 CALIBRATION_STEPS = 60  # enough for three log intervals, of which the first is not used
 
@@ -92,7 +108,12 @@ def main(arguments=None) -> None:
     parser.add_argument("--data_folder", help="default: the demo corpus")
     parser.add_argument("--tasks_folder", required=True, help="of meta.csv files")
     parser.add_argument("--minutes", nargs="+", type=float, default=[2, 5, 15, 60])
-    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), help="names or yamls")
+    parser.add_argument(
+        "--recipes",
+        nargs="+",
+        default=["quickstart", "plain"],
+        help=f"yamls, or {', '.join(RECIPES)}",
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--output_folder", default="results/time_to_score")
     parser.add_argument("--overrides", nargs=argparse.REMAINDER, default=[], help="of every recipe")

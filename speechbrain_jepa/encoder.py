@@ -433,7 +433,7 @@ class AudioJEPA(nn.Module):
                 present = present.to(spectrogram.device)
                 valid = present.repeat(1, frequency_patches)
             tokens = self._encode(windows, spectrogram, valid, all_layers=not only_last)
-            tokens = tokens[None] if only_last else tokens[layers]
+            tokens = tokens[None] if only_last else torch.stack([tokens[n] for n in layers])
             tokens = tokens.unflatten(-2, (frequency_patches, -1)).transpose(-3, -2)
             value = reduce(tokens.mean(-2) if self.flat else tokens.flatten(-2), present)
             if out is None:

@@ -8,16 +8,17 @@ finished, from what is in the folder.
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import median
+from typing import Any
 
-import pandas as pd
 from speechbrain.utils.logger import get_logger
 
 from speechbrain_jepa.description import COMMAND_FILE
 from speechbrain_jepa.evaluation.pictures import curve, draw_curves
 from speechbrain_jepa.evaluation.quick_probe import ProbeTable
-from speechbrain_jepa.evaluation.quickstart import draw_strategies, probe_run
+from speechbrain_jepa.evaluation.quickstart import draw_strategies, join, probe_run
 from speechbrain_jepa.monitors import CollapseAlarm, MetricsTable
 from speechbrain_jepa.pages import asset, escaped, picture, write_page
 
@@ -27,7 +28,8 @@ MONITORS = ("embedding_rank", "embedding_deviation", "target_deviation")
 
 
 def report_run(hparams: dict, pretrained: Path) -> Path | None:
-    """The report at the end of a run. A run is finished without it: an error is a warning.
+    """The report at the end of a run, which is finished without it: an error is a warning, and what
+    could not be made is left out.
 
     Arguments
     ---------
@@ -43,19 +45,25 @@ def report_run(hparams: dict, pretrained: Path) -> Path | None:
         The page, if it could be written.
     """
     output = Path(hparams["output_folder"])
-    try:
-        if not (output / "masks.png").exists():
-            draw_strategies(hparams, output / "masks.png")
-        probed = output / "probe.csv"
-        is_probed = probed.exists() and _time(probed) >= _time(pretrained / "config.json")
-        if hparams["online_probe_csv"] is not None and not is_probed:
-            probe_run(hparams, pretrained, hparams["online_probe_csv"])
-        page = write_report(output)
-    except Exception as error:  # the encoder is exported: nothing may end the run now
-        logger.warning(f"No report: {type(error).__name__}: {error}. The run itself is complete")
-        return None
-    logger.info(f"Report: {page}")
+    probe, labelled = output / "probe.csv", hparams.get("online_probe_csv")
+    if not (output / "masks.png").exists():
+        _tried("masks", draw_strategies, hparams, output / "masks.png")
+    is_probed = probe.exists() and _time(probe) >= _time(pretrained / "config.json")
+    if labelled is not None and not is_probed:
+        _tried("probe", probe_run, hparams, pretrained, labelled)
+    page = _tried("report", write_report, output)
+    if page is not None:
+        logger.info(f"Report: {page}")
     return page
+
+
+def _tried(what: str, make: Callable[..., Any], *arguments) -> Any:
+    """What `make` gives; if that fails, None and a warning: the encoder is exported already."""
+    try:
+        return make(*arguments)
+    except Exception as error:
+        logger.warning(f"No {what}: {type(error).__name__}: {error}. The run itself is complete")
+        return None
 
 
 def _time(path: Path) -> int:
@@ -118,7 +126,7 @@ def _config(output: Path) -> dict:
 def _probe(path: Path) -> ProbeTable | None:
     if not path.exists():
         return None
-    return ProbeTable(pd.read_csv(path, index_col=["features", "seed"]))
+    return join([path])
 
 
 def _tiles(rows: list[dict], config: dict, probe: ProbeTable | None) -> str:
@@ -127,9 +135,9 @@ def _tiles(rows: list[dict], config: dict, probe: ProbeTable | None) -> str:
     batch = config.get("training", {}).get("global_batch")
     if batch:
         tiles.append(("clips seen", f"{steps * batch:,}"))
-    speed = pd.Series(curve(rows, "train_clips_per_second")[1]).median()
-    if speed == speed:
-        tiles.append(("clips a second, median", f"{speed:.1f}"))
+    speeds = curve(rows, "train_clips_per_second")[1]
+    if len(speeds):
+        tiles.append(("clips a second, median", f"{median(speeds):.1f}"))
     for name, label, form in (
         ("valid_loss", "validation loss", ".3f"),
         ("valid_embedding_rank", "effective rank", ".0f"),

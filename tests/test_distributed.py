@@ -138,7 +138,7 @@ def test_ranks_share_the_validation_and_log_what_one_process_measures(
 
     shutil.copytree(folder / "plain" / "split", tmp_path / "split")
     options = dict(batch_size=CLIPS, crop_frames=CROP_FRAMES, num_workers=0)
-    options["data_folder"] = audio_folder
+    options["data_folder"] = str(audio_folder)
     _, loader = make_loaders(recipe_hparams("jepa_unstructured", tmp_path, **options))
     alone = make_brain(tmp_path, EPOCHS)
     alone.jepa.load_state_dict(start.state_dict())

@@ -80,7 +80,7 @@ def test_two_ranks_are_one_process_on_the_joined_batch(name, two_ranks, audio_fo
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert len(given) == len(others) == STEPS
     split(tmp_path, audio_folder)
-    options = {**OPTIONS[name], "batch_size": 2 * CLIPS}
+    options = {**OPTIONS[name], "batch_size": 2 * OPTIONS[name].get("batch_size", CLIPS)}
     brain, (train, _) = make_brain(tmp_path, audio_folder, options)
     brain.jepa.load_state_dict(start)
     batches = iter([joined(*pair) for pair in zip(given, others, strict=True)])

@@ -8,6 +8,8 @@ they read audio without importing s3prl.
 
 import sys
 
+COMPAT = f"{__package__}.compat"
+
 
 def install(torchaudio: bool = False) -> None:
     """Register the entries now, or when s3prl is imported; a second call does nothing.
@@ -32,7 +34,8 @@ class _Finder:
     torchaudio = False  # whether to act on that, too
 
     def find_spec(self, name, path=None, target=None):
-        if name not in ("s3prl", "s3prl.hub") and not (self.torchaudio and name == "torchaudio"):
+        watched = ("s3prl", "s3prl.hub", *(("torchaudio", COMPAT) if self.torchaudio else ()))
+        if name not in watched:
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
         specs = (finder.find_spec(name, path, target) for finder in others)
@@ -47,8 +50,10 @@ class _Finder:
             execute(module)
             if name == "s3prl.hub":
                 _register(module)
-            elif name == "torchaudio":
+            elif name == "torchaudio" and COMPAT not in sys.modules:  # which imports it
                 _supply()
+            elif name == COMPAT:
+                module.supply()
 
         spec.loader.exec_module = exec_module
         return spec

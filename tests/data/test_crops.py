@@ -547,6 +547,21 @@ def test_ranks_share_an_epoch_without_overlap(world_size):
         assert {e for e, _ in keys} == {epoch}
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_ranks_share_an_epoch_of_several_crops_a_file(world_size):
+    options = {"world_size": world_size, "crops_per_file": 3, "passes": 2}
+    samplers = [CropSampler(50, 7, 5, rank, **options) for rank in range(world_size)]
+    lists = 100 // (7 * world_size)
+    assert {len(sampler) for sampler in samplers} == {3 * lists}
+    for epoch in (0, 4):
+        keys = [key for s in samplers for batch in epoch_of(s, epoch) for key in batch]
+        assert len(keys) == len(set(keys)) == 7 * world_size * lists
+        assert {pass_ for pass_, _ in keys} == {2 * epoch, 2 * epoch + 1}
+    one = samplers[0]
+    for done in range(3 * lists):
+        assert epoch_of(one, 4, done) == epoch_of(one, 4)[done // 3 :]
+
+
 def test_epochs_and_seeds_have_their_own_order():
     first = epoch_of(CropSampler(1000, 10, seed=1))
     assert epoch_of(CropSampler(1000, 10, seed=1)) == first

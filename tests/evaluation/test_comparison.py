@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import soundfile
+from hyperpyyaml import load_hyperpyyaml
 
 from speechbrain_jepa.encoder import AudioJEPA
 from speechbrain_jepa.evaluation.comparison import (
@@ -20,6 +21,7 @@ from speechbrain_jepa.evaluation.comparison import (
     untrained_like,
 )
 from speechbrain_jepa.evaluation.online_probe import embed_with
+from speechbrain_jepa.recipe import resolve_recipe
 
 ROOT = Path(__file__).parents[2]
 SMALL = (
@@ -147,20 +149,34 @@ def test_time_to_score_fits_steps_to_the_budget_and_draws(
     assert (tmp_path / "score_over_minutes.png").stat().st_size > 10_000
 
 
+SMALL_LINES = dict(zip((flag[2:] for flag in SMALL[1::2]), SMALL[2::2]))
+
+
+def hparams_of(yaml, *flags):
+    lines = SMALL_LINES | {flag[2:]: value for flag, value in zip(flags[::2], flags[1::2])}
+    overrides = "\n".join(f"{name}: {value}" for name, value in lines.items())
+    return load_hyperpyyaml(resolve_recipe(yaml, overrides, {}))
+
+
+def test_every_named_recipe_differs_from_the_others_in_what_it_builds():
+    script = load_script(ROOT / "benchmarks" / "time_to_score.py")
+    told = {}
+    for name, arguments in script.RECIPES.items():
+        hparams = hparams_of(*arguments)
+        plain = {
+            key: value for key, value in hparams.items() if isinstance(value, str | int | float)
+        }
+        told[name] = str(plain) + str(hparams["jepa"]) + str(hparams["mixed_frames"])
+    assert len(set(told.values())) == len(told) > 10
+
+
 def test_every_cell_of_the_study_is_a_recipe_that_the_yaml_takes():
-    from hyperpyyaml import load_hyperpyyaml
-
-    from speechbrain_jepa.recipe import resolve_recipe
-
     script = load_script(ROOT / "recipes" / "pretraining" / "study.py")
-    small = dict(zip((flag[2:] for flag in SMALL[1::2]), SMALL[2::2]))
     counts = {}
     for question, cells in script.QUESTIONS.items():
         seen = set()
         for keys, choices in cells():
-            flags = {flag[2:]: value for flag, value in zip(choices[::2], choices[1::2])}
-            overrides = "\n".join(f"{k}: {v}" for k, v in (small | flags).items())
-            hparams = load_hyperpyyaml(resolve_recipe(script.QUICKSTART, overrides, {}))
+            hparams = hparams_of(script.QUICKSTART, *choices)
             jepa = hparams["jepa"]
             masking = type(hparams["masking"]).__name__
             regularizer = type(jepa.regularizer).__name__

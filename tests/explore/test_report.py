@@ -131,6 +131,19 @@ def test_a_report_that_fails_is_a_warning(run, caplog, monkeypatch):
     assert "No report: RuntimeError: no picture today. The run itself is complete" in caplog.text
 
 
+def test_masks_that_cannot_be_drawn_are_left_out(run, caplog, monkeypatch):
+    def fail(*args):
+        raise ValueError("these blocks do not fit the grid")
+
+    (run / "masks.png").unlink()
+    monkeypatch.setattr(report, "draw_strategies", fail)
+    hparams = {"output_folder": str(run), "online_probe_csv": None}
+    with caplog.at_level(logging.WARNING):
+        page = report.report_run(hparams, run / "pretrained")
+    assert "No masks: ValueError: these blocks do not fit the grid" in caplog.text
+    assert "Curves" in plain(page) and "Masks" not in plain(page)
+
+
 def test_the_command_is_one_for_a_shell(monkeypatch):
     monkeypatch.setattr("sys.argv", ["train.py", "a.yaml", "--data_folder", "my audio"])
     monkeypatch.delenv("WORLD_SIZE", raising=False)

@@ -383,6 +383,94 @@ def separation(data, s3prl, rng):
     stft_masks(data, config, "train-100", ("mix_clean", "s1", "s2"), {}, rng)
 
 
+# These want a clone: PyPI's packages lack downstream/ctc/corpus
+
+
+def ctc(corpus, text, metric, higher_is_better, model="RNNs"):
+    runner = {"total_steps": 150}
+    expert = {
+        "corpus": {"bucketing": True, "batch_size": 8, "num_workers": 0} | corpus,
+        "text": text,
+        "model": {
+            "project_dim": 64,
+            "zero_infinity": True,
+            "select": model,
+            "RNNs": {
+                "total_rate": -1,
+                "module": "LSTM",
+                "bidirection": True,
+                "dim": [64],
+                "dropout": [0.0],
+                "layer_norm": [False],
+                "proj": [False],
+                "sample_rate": [1],
+                "sample_style": "concat",
+            },
+        },
+        "save_best_on": ["dev"],
+        "metric": metric,
+        "metric_higher_better": higher_is_better,
+    }
+    return runner, expert
+
+
+def phoneme_recognition(data, s3prl, rng):
+    librispeech(data, rng, PARTS)
+    phones = dict(zip(LETTERS, ("AA1", "B", "S", "IY1")))
+    words = {
+        word
+        for file in data.rglob("*.trans.txt")
+        for line in file.read_text().splitlines()
+        for word in line.split()[1:]
+    }
+    lexicon = data / "lexicon.txt"
+    lines = [f"{word}\t{' '.join(phones[letter] for letter in word)}\n" for word in sorted(words)]
+    lexicon.write_text("".join(lines))
+    corpus = {
+        "name": "libriphone",
+        "lexicon": [str(lexicon)],
+        "train": ["train-clean-100"],
+        "dev": ["dev-clean"],
+        "test": ["test-clean"],
+    }
+    text = {"mode": "word", "vocab_file": str(s3prl / "downstream/ctc/vocab/phoneme.txt")}
+    config = s3prl / "downstream/ctc/libriphone.yaml"
+    write_yaml(config, *ctc(corpus, text, ["per"], False), lr=1e-2)
+
+
+def slot_filling(data, s3prl, rng):
+    """A word that stands for a city is in its slot, BOS and EOS around the sentence."""
+    cities, others, lines = ("AB", "CD"), ("DA", "BC", "ACA"), []
+    for part, clips in (("train", 24), ("valid", 3), ("test", 4)):
+        for number in range(clips):
+            words = [rng.choice(others), rng.choice(cities), rng.choice(others)]
+            name = f"Ivy-snips-{part}-{number}"
+            write(data / part / f"{name}.wav", speak(" ".join(words), rng, 0.18))
+            lines.append(f"{name} BOS {' '.join(words)} EOS\tO O city O play")
+    (data / "all.iob.snips.txt").write_text("\n".join(lines) + "\n")
+    (data / "slots.txt").write_text("O\ncity")
+    corpus = {"name": "snips", "train": ["train"], "dev": ["valid"], "test": ["test"]}
+    corpus |= {f"{part}_speakers": ["Ivy"] for part in ("train", "valid", "test")}
+    vocabulary = str(s3prl / "downstream/ctc/vocab/character.txt")
+    text = {"mode": "character-slot", "vocab_file": vocabulary}
+    config = s3prl / "downstream/ctc/snips.yaml"
+    write_yaml(config, *ctc(corpus, text, ["slot_type_f1", "slot_value_cer"], True), lr=1e-2)
+
+
+def common_voice(data, s3prl, rng):
+    for part, clips in (("train", 16), ("dev", 3), ("test", 4)):
+        lines = ["path\tsentence"]
+        for number in range(clips):
+            words = ["".join(rng.choice(list(LETTERS), rng.integers(2, 4))) for _ in range(3)]
+            write(data / "clips" / f"{part}{number}.wav", speak(" ".join(words), rng))
+            lines.append(f"{part}{number}.wav\t{' '.join(words)}")
+        (data / f"{part}.tsv").write_text("\n".join(lines) + "\n")
+    vocabulary = str(s3prl / "downstream/ctc/vocab/character.txt")
+    text = {"mode": "character", "vocab_file": vocabulary}
+    config = s3prl / "downstream/ctc/cv_config/cv_es.yaml"
+    write_yaml(config, *ctc({"name": "common_voice"}, text, ["wer"], False), lr=1e-2)
+
+
 TREES = {
     "KS": keyword_spotting,
     "IC": intent_classification,
@@ -393,6 +481,9 @@ TREES = {
     "QbE": query_by_example,
     "SE": enhancement,
     "SS": separation,
+    "PR": phoneme_recognition,
+    "SF": slot_filling,
+    "OOD-ASR": common_voice,
 }
 
 

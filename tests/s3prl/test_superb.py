@@ -8,16 +8,21 @@ import csv
 import dataclasses
 import importlib.util
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from superb_trees import TREES, make_tree
+from superb_trees import make_tree
 
+from speechbrain_jepa.checkpoints import save_pretrained
+from speechbrain_jepa.features import Normalization
 from speechbrain_jepa.s3prl import superb
 from speechbrain_jepa.s3prl.tasks import TASKS, find_task, option
+from speechbrain_jepa.vit import Encoder, PatchGrid
 
 PRINTED = {
     "KS": "dev acc: 0.1\ntest acc: 0.5\n",
@@ -247,37 +252,40 @@ def test_upstreams_of_s3prl_and_of_finer_patches(encoder_folder):
         assert option(finer.arguments(task), "-u") == "audio_jepa"
 
 
-# Everything, by s3prl's own run_downstream.py
+# Everything, by s3prl's own run_downstream.py. S3PRL_CLONE=path/to/clone runs what wants more than
+# PyPI's package, more than CI's time, or the program sox, too
 
-# Better than chance: 33, 33, -, 60 at best, 17. Nothing read is 100 % WER, the mixture itself 0 dB
-CHANCE = {"KS": 50, "SID": 50, "ASR": 70, "SD": 30, "QbE": 50, "SS": 0}
-NEEDS = {name for task in CHANCE for name in TASKS[task].needs}
+# Better than chance, which is 33, 33, 50 and 17 for KS, SID, SD and QbE; silence has a WER of 100
+REACHED = {"KS": 50, "SID": 50, "ASR": 70, "SD": 30, "QbE": 50, "SS": 0}
+BY_CLONE = {"IC": 50, "ASV": 40, "PR": 50, "SF": 50, "OOD-ASR": 70, "SE": 1.2}
 
 
-def test_all_of_it_by_s3prls_own_runner(launch, s3prl_folder, encoder_folder, tmp_path, capsys):
-    missing = sorted(name for name in NEEDS if importlib.util.find_spec(name) is None)
-    if missing:
+def test_all_of_it_by_s3prls_own_runner(launch, s3prl_folder, tmp_path, capsys):
+    clone = os.environ.get("S3PRL_CLONE")
+    reached = REACHED | (BY_CLONE if clone else {})
+    needs = sorted({name for task in reached for name in TASKS[task].needs})
+    if missing := [name for name in needs if importlib.util.find_spec(name) is None]:
         pytest.skip(f"make test-s3prl has {', '.join(missing)}")
-    clone = tmp_path / "clone" / "s3prl"
+    torch.manual_seed(0)
+    encoder = Encoder(PatchGrid(frames=208), dim=48, depth=1, num_heads=3)
+    tiny = save_pretrained(tmp_path / "tiny", encoder, Normalization(-7.06, 4.19))
+    package = tmp_path / "clone" / "s3prl"
     ignored = shutil.ignore_patterns("__pycache__", ".cache", ".wav_lengths")
-    shutil.copytree(s3prl_folder, clone, ignore=ignored)
-    assert set(CHANCE) <= set(TREES)
-    data = [f"{task}={make_tree(task, tmp_path / 'data' / task, clone)}" for task in CHANCE]
-    out = ("--output_folder", "out", "--s3prl", clone, "--device", "cpu")
-    command = ("superb", "--data", *data, "--encoders", encoder_folder, *out)
-    done = launch(*command, cwd=tmp_path)
+    shutil.copytree(Path(clone, "s3prl") if clone else s3prl_folder, package, ignore=ignored)
+    data = [f"{task}={make_tree(task, tmp_path / 'data' / task, package)}" for task in reached]
+    out = ("--output_folder", "out", "--s3prl", package, "--device", "cpu")
+    command = ("superb", "--data", *data, "--encoders", tiny, *out)
+    done = launch(*command, cwd=tmp_path, check=False)
     found = rows(tmp_path / "out")
     with capsys.disabled():
         print("\n" + (tmp_path / "out" / "results.md").read_text())
-    for task, chance in CHANCE.items():
+    assert done.returncode == 0, done.stderr
+    for task, bound in reached.items():
         metric = TASKS[task].metrics[0]
         value = float(found[task, metric.name]["value"])
-        assert (value > chance) if metric.higher_is_better else (value < chance), (task, value)
+        assert (value > bound) if metric.higher_is_better else (value < bound), (task, value)
     for task in ("ASR", "SD", "QbE"):
-        assert (
-            "audio_jepa_40ms"
-            in json.loads((tmp_path / "out" / task / "tiny" / "result.json").read_text())["command"]
-        )
-    assert "WANTS TIME STEPS" not in done.stdout + done.stderr
+        result = (tmp_path / "out" / task / "tiny" / "result.json").read_text()
+        assert "audio_jepa_40ms" in json.loads(result)["command"]
     again = launch(*command, cwd=tmp_path)
     assert "train (" not in again.stdout and "QbE MTWV % ↑" in again.stdout

@@ -167,7 +167,7 @@ def test_keyword_spotting_reads_its_files(tmp_path):
 def test_s3prl_itself_is_as_it_was_shipped(s3prl_distribution):
     """Every file of s3prl has the checksum with which it was installed."""
     files = [f for f in s3prl_distribution.files if f.suffix == ".py"]
-    assert len(files) > 300
+    assert len(files) > 250
     for file in files:
         digest = hashlib.new(file.hash.mode, file.read_binary()).digest()
         assert base64.urlsafe_b64encode(digest).rstrip(b"=").decode() == file.hash.value, file
