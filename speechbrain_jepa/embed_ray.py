@@ -44,18 +44,29 @@ class EncoderActor:
 
     Arguments
     ---------
-    model : reference to an AudioJEPA
+    model : AudioJEPA, or Ray's reference to one
     parts : str
         Folder to write to.
     level, precision, batch_seconds
         See `speechbrain_jepa.embed.embed_files`.
+    device : str
+        "cuda" (the one GPU that Ray shows to the actor) or "cpu" (default).
     """
 
-    def __init__(self, model, parts: str, level: str, precision: str, batch_seconds: float):
-        import ray
+    def __init__(
+        self,
+        model,
+        parts: str,
+        level: str,
+        precision: str,
+        batch_seconds: float,
+        device: str = "cpu",
+    ):
+        if not isinstance(model, AudioJEPA):
+            import ray
 
-        on_gpu = bool(ray.get_gpu_ids()) and torch.cuda.is_available()
-        self.model = ray.get(model).to("cuda" if on_gpu else "cpu")
+            model = ray.get(model)
+        self.model = model.to(device)
         self.parts, self.options = Path(parts), (level, precision)
         self.batch_seconds = batch_seconds
 
@@ -140,7 +151,7 @@ def embed_on_ray(
             EncoderActor,
             fn_constructor_args=(
                 *(reference, os.path.abspath(embeddings.parts)),
-                *(level, precision, batch_seconds),
+                *(level, precision, batch_seconds, "cuda" if gpus else "cpu"),
             ),
             batch_size=FILES_A_PART,
             compute=ray.data.ActorPoolStrategy(size=actors),

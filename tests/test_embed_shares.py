@@ -1,6 +1,7 @@
 """Embedding in shares: jobs of a queue, processes of torchrun; joined, they are the single run."""
 
 import csv
+import json
 import os
 import re
 import subprocess
@@ -16,7 +17,9 @@ from speechbrain_jepa import AudioJEPA, embed
 from speechbrain_jepa.checkpoints import save_pretrained
 from speechbrain_jepa.data.clips import find_audio
 from speechbrain_jepa.data.shares import Share
+from speechbrain_jepa.embed_ray import EncoderActor, decode
 from speechbrain_jepa.embedded import read_embedded
+from speechbrain_jepa.embedding_parts import Embeddings
 from speechbrain_jepa.features import Normalization
 from speechbrain_jepa.files import folder_lock
 from speechbrain_jepa.throughput import STAGES, Spent
@@ -167,6 +170,27 @@ def test_the_bottleneck_is_the_stage_that_took_longest():
     together = Spent()
     together.sum_of([Spent(files=1, whole=2.0), Spent(files=2, whole=3.0)])
     assert (together.files, together.whole, together.processes) == (3, 5.0, 2)
+
+
+def test_a_part_that_a_cluster_writes_twice_is_there_once(folder, audio, tmp_path):
+    whole, out, parts = tmp_path / "whole.npy", tmp_path / "emb.npy", tmp_path / "emb.npy.parts"
+    run(folder, audio, whole)
+    model = AudioJEPA(folder)
+    parts.mkdir()
+    embeddings = Embeddings(out, parts, {})
+    actor = EncoderActor(model, str(parts), "clip", "fp32", 4.0)
+    files = find_audio(audio)
+    decoded = [decode({"file": os.fsencode(f), "path": os.fsencode(f)}) for f in files]
+    for half in (decoded[:8], decoded[8:], decoded[:8]):  # the first once more, as after a loss
+        rows = {name: np.array([row[name] for row in half], object) for name in half[0]}
+        (said,) = actor(rows)["done"]
+        spent, failed = json.loads(said)
+        assert spent["files"] + len(failed) == len(half)
+        assert all("broken" in file for file, _ in failed)
+    assert len(list(parts.glob("part-*.npz"))) == 2
+    embeddings.take_in(parts)
+    assert embeddings.finish(files, None) == [file for file in files if "broken" not in file]
+    np.testing.assert_allclose(np.load(out), np.load(whole), rtol=1e-4, atol=1e-5)
 
 
 def test_two_processes_of_torchrun_write_one_output(folder, audio, tmp_path):
