@@ -24,7 +24,7 @@ from embed import SIZES as ENCODERS
 from embed import product_flops
 from loading import noise, quickest
 from pretrain_step import SIZES, ReferenceStep, count_flops
-from torch.multiprocessing import spawn
+from torch.multiprocessing import start_processes
 
 from speechbrain_jepa.data import CropSampler, scan_folder, shards
 from speechbrain_jepa.data.clips import read_audio
@@ -64,8 +64,12 @@ def measured(root: Path, args) -> dict[str, float]:
         (many / f"{number}.flac").touch()
     costs["list a file"] = cpu_seconds(lambda: list_audio(str(many))) / args.names
     options = dict(progress=False)
-    scanned = cpu_seconds(lambda: scan_folder(corpus, root / "cache", **options))
-    costs["scan a file's header"] = scanned / args.files
+    linked = root / "linked"
+    linked.mkdir()
+    for number in range(args.scanned):
+        os.link(corpus / "0.mp3", linked / f"{number}.mp3")
+    scanned = cpu_seconds(lambda: scan_folder(linked, root / "cache", **options))
+    costs["list and scan a file"] = scanned / args.scanned
     costs["prepare a file"] = (
         cpu_seconds(lambda: prepare(out, corpus, num_threads=1, **options)) / args.files
     )
@@ -175,8 +179,8 @@ def table(costs: dict[str, float], counted: tuple[float, float, int], args) -> N
         lambda n: 2 * (n - 1) / n * 4 * weights * 8 / (args.network_gbit * 1e9) * 1000,
     )
     row("the step, 256 crops a GPU", "ms", lambda n: 1000 * 256 / rate)
-    start = costs["list a file"] + costs["scan a file's header"]
-    row("first start, files: list and scan", "CPU minutes", lambda n: args.corpus * start / 60)
+    for name in ("list a file", "list and scan a file"):
+        row(f"start: {name}", "CPU minutes", lambda n, name=name: args.corpus * costs[name] / 60)
     cpus = args.cpus
     prepared = costs["prepare a file"]
     row("prepare once", "minutes", lambda n: args.corpus * prepared / (cpus * n) / 60)
@@ -218,7 +222,8 @@ def main():
     add("--gpu_tflops", type=float, default=395, help="assumed of a GPU: 0.4 of an H100's 989")
     add("--network_gbit", type=float, default=400, help="assumed, of a GPU's link")
     add("--cpus", type=int, default=16, help="assumed, for each GPU")
-    add("--files", type=int, default=24, help="written, scanned and prepared here")
+    add("--files", type=int, default=24, help="written and prepared here")
+    add("--scanned", type=int, default=1000, help="files scanned here")
     add("--names", type=int, default=20_000, help="files listed here")
     add("--rows", type=int, default=4000, help="embeddings written and joined here")
     add("--rounds", type=int, default=20, help="of each crop; the quickest counts")
@@ -231,7 +236,7 @@ def main():
             if name != "bytes":
                 print(f"| {name} | {1000 * seconds:.3g} |")
         print(f"\nA prepared file has {costs['bytes'] / 1000:.0f} kB", flush=True)
-        spawn(_process, (folder, 10_001, 200), nprocs=2)
+        start_processes(_process, (folder, 10_001, 200), nprocs=2, start_method="fork")
     table(costs, products(), args)
 
 
