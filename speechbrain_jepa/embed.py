@@ -1,233 +1,47 @@
 """Embed audio files.
 
-python -m speechbrain_jepa.embed <pretrained folder> <files or folders> --out emb.npz
+    python -m speechbrain_jepa.embed <pretrained folder> <files or folders> --out emb.npz
+    python -m speechbrain_jepa.embed ... --shard 3/16     # the fourth of sixteen jobs of a queue
+    python -m speechbrain_jepa.embed ... --join           # when all have ended: the output
+    torchrun --nproc_per_node=8 -m speechbrain_jepa.embed ...     # a GPU for each process
+    python -m speechbrain_jepa.embed ... --engine ray --address auto     # on a Ray cluster
 
-Stopped and started again with the same command, it goes on where it was. docs/embeddings.md
+Stopped and started again with the same command, each goes on where it was. docs/embeddings.md
 describes what is written.
-
-<out>.parts/            held by one process (files.folder_lock)
-  plan.json             what the embeddings depend on
-  normalization.json    mean and deviation of the files' log-mel, if they were measured
-  part-000000.npz ...   embeddings of some files each
-  complete.json         size and time of the output, written before it takes its place
 """
 
 import argparse
+import csv
 import json
+import os
 import shutil
-import time
-import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from speechbrain_jepa.checkpoints import DEFAULT_ENCODER
 from speechbrain_jepa.data.clips import BATCH_SECONDS, find_audio, read_clips
-from speechbrain_jepa.data.skipped import SkippedFiles, csv_line
-from speechbrain_jepa.embedded import FORMATS, fingerprint, write_settings
+from speechbrain_jepa.data.shares import COMPLETE, Share, missing_shares, share_folders
+from speechbrain_jepa.data.skipped import SkippedFiles
+from speechbrain_jepa.embedded import FORMATS, write_settings
+from speechbrain_jepa.embedding_parts import (
+    LEVELS,
+    PRECISIONS,
+    Embeddings,
+    embed_batch,
+    embedding_plan,
+    import_parquet,
+)
 from speechbrain_jepa.encoder import NORMALIZATIONS, AudioJEPA
-from speechbrain_jepa.files import FolderInUse, folder_lock, whole_file, write_text
+from speechbrain_jepa.features import SAMPLE_RATE
+from speechbrain_jepa.files import FolderInUse, folder_lock, write_text
 from speechbrain_jepa.read_out import add_read_out
+from speechbrain_jepa.throughput import Spent
 
-LEVELS = ("clip", "frame")
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-PART_BYTES = 64e6  # a part is put on the disk when it has grown to this size
-PART_SECONDS = 60.0  # or after so long: an interruption loses no more than this
-
-
-class Embeddings:
-    """Embeddings of files on their way to one output file, in parts that survive an interruption.
-
-    Arguments
-    ---------
-    out : Path
-        Output file: .npz, .npy or .csv.
-    parts : Path
-        Folder of the parts, which this process holds.
-    plan : dict
-        What the embeddings depend on. Parts of another plan are not continued.
-    """
-
-    def __init__(self, out: Path, parts: Path, plan: dict):
-        self.out, self.parts = out, parts
-        self._check_plan(plan)
-        self.place: dict[str, tuple[Path, int, int]] = {}  # file: part, first row, rows
-        self.width = 0
-        for part in sorted(self.parts.glob("part-*.npz")):
-            self._enter(part)
-        self._forget_pending()
-
-    def _check_plan(self, plan: dict) -> None:
-        path = self.parts / "plan.json"
-        if not path.exists():
-            write_text(path, json.dumps(plan))
-            return
-        begun = json.loads(path.read_text(encoding="utf-8"))
-        different = [name for name in plan if plan[name] != begun.get(name)]
-        if different:
-            name = different[0]
-            raise ValueError(
-                f"{self.parts} was begun with {name}={begun.get(name)}, not {plan[name]}: "
-                "repeat the options of that run, or remove the folder"
-            )
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the output was written from these parts, and only removing them is left."""
-        marker = self.parts / "complete.json"
-        return marker.exists() and self.out.exists() and _state(self.out) == marker.read_text()
-
-    def _enter(self, part: Path) -> None:
-        with np.load(part) as arrays:
-            ends = arrays["rows"].cumsum()
-            for file, end, rows in zip(arrays["files"], ends, arrays["rows"], strict=True):
-                self.place[str(file)] = (part, int(end - rows), int(rows))
-            self.width = int(arrays["width"])
-
-    def add(self, file: str, rows: np.ndarray) -> None:
-        """Embeddings [rows, C] of one file."""
-        self.pending.append((file, rows))
-        self.pending_bytes += rows.nbytes
-        if self.pending_bytes > PART_BYTES or time.monotonic() - self.flushed > PART_SECONDS:
-            self.flush()
-
-    def flush(self) -> None:
-        """Put what was added on the disk."""
-        if not self.pending:
-            return
-        files, rows = zip(*self.pending, strict=True)
-        part = self.parts / f"part-{len(list(self.parts.glob('part-*.npz'))):06d}.npz"
-        arrays: dict[str, Any] = {
-            "files": np.array(files),
-            "rows": np.array([len(array) for array in rows]),
-            "width": np.array(rows[0].shape[1]),
-            "embeddings": np.concatenate(rows),
-        }
-        with whole_file(part) as partial:
-            np.savez(partial, **arrays)
-        self._enter(part)
-        self._forget_pending()
-
-    def _forget_pending(self) -> None:
-        self.pending: list[tuple[str, np.ndarray]] = []
-        self.pending_bytes = 0
-        self.flushed = time.monotonic()
-
-    @contextmanager
-    def kept_on_error(self):
-        """Put what was added on the disk before an exception goes on."""
-        try:
-            yield
-        except BaseException:
-            self.flush()
-            raise
-
-    def rows_of(self, files: list[str]) -> Iterator[tuple[str, np.ndarray]]:
-        """Each file with its embeddings [rows, C], one part in memory at a time."""
-        loaded, embeddings = None, np.empty((0, 0))
-        for file in files:
-            part, first, rows = self.place[file]
-            if part != loaded:
-                with np.load(part) as arrays:
-                    loaded, embeddings = part, arrays["embeddings"]
-            yield file, embeddings[first : first + rows]
-
-    def finish(self, files: list[str], times: Callable[[int], np.ndarray] | None) -> list[str]:
-        """Write the output file and remove the parts.
-
-        Arguments
-        ---------
-        files : list of str
-            The order of the output; those without embeddings are left out.
-        times : callable
-            For frame level: the timestamps of so many time steps.
-
-        Returns
-        -------
-        list of str
-            The files in it.
-        """
-        self.flush()
-        files = [file for file in files if file in self.place]
-        if not files:
-            raise ValueError("none of the files could be embedded: see the list of skipped files")
-        write = {".npz": self._write_npz, ".npy": self._write_npy, ".csv": self._write_csv}
-        whole = self.parts / f"whole{self.out.suffix}"
-        with whole_file(whole) as partial:
-            write[self.out.suffix](partial, files, times)
-        write_text(self.parts / "complete.json", _state(whole))
-        whole.replace(self.out)
-        shutil.rmtree(self.parts)
-        return files
-
-    def normalization(self, measure: Callable[[], dict]) -> dict:
-        """What `measure` gives, or gave before an interruption."""
-        path = self.parts / "normalization.json"
-        if not path.exists():
-            write_text(path, json.dumps(measure()))
-        return json.loads(path.read_text(encoding="utf-8"))
-
-    def _counts(self, files: list[str]) -> np.ndarray:
-        return np.array([self.place[file][2] for file in files])
-
-    def _write_array(self, out: IO[bytes], files: list[str]) -> None:
-        """A .npy of all rows, written from one part after the other."""
-        shape = (int(self._counts(files).sum()), self.width)
-        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(out, header)
-        for _, rows in self.rows_of(files):
-            out.write(np.ascontiguousarray(rows, "<f4").data)
-
-    def _write_npy(self, path: Path, files: list[str], times) -> None:
-        with open(path, "wb") as out:
-            self._write_array(out, files)
-        counts = self._counts(files)
-        index = self.parts / "files.csv"
-        with _table(index, ["file", "first_row", "rows"]) as rows:
-            for row in zip(files, counts.cumsum() - counts, counts, strict=True):
-                rows.write(csv_line(*row))
-        index.replace(self.out.with_suffix(".files.csv"))
-
-    def _write_npz(self, path: Path, files: list[str], times) -> None:
-        arrays: dict[str, Any] = {"files": np.array(files)}
-        if times is not None:
-            counts = self._counts(files)
-            arrays["rows"] = counts
-            arrays["seconds"] = np.concatenate([times(count) for count in counts])
-        np.savez(path, **arrays)
-        with (
-            zipfile.ZipFile(path, "a", zipfile.ZIP_STORED) as archive,
-            archive.open("embeddings.npy", "w", force_zip64=True) as out,
-        ):
-            self._write_array(out, files)
-
-    def _write_csv(self, path: Path, files: list[str], times) -> None:
-        columns = ["file", *(["seconds"] if times else []), *range(self.width)]
-        with _table(path, columns) as table:
-            for file, rows in self.rows_of(files):
-                if times is None:
-                    table.write(csv_line(file, *rows[0]))
-                else:
-                    for pair in np.column_stack([times(len(rows)), rows]):
-                        table.write(csv_line(file, *pair))
-
-
-@contextmanager
-def _table(path: Path, columns: list):
-    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        file.write(csv_line(*columns))
-        yield file
-
-
-def _state(path: Path) -> str:
-    """Size and modification time, which a rename keeps."""
-    stat = path.stat()
-    return json.dumps([stat.st_size, stat.st_mtime_ns])
+MEASURING_SECONDS = 86_400.0  # to wait for the share that measures the files' normalisation
 
 
 def embed_files(
@@ -240,6 +54,10 @@ def embed_files(
     num_workers: int = 2,
     progress: bool = True,
     source: str | None = None,
+    share: Share | None = None,
+    join: bool = False,
+    ray_address: str | None = None,
+    spent: Spent | None = None,
 ) -> tuple[list[str], SkippedFiles]:
     """Embed files into one output file; an interrupted call is continued by the same call.
 
@@ -250,7 +68,7 @@ def embed_files(
     files : list of str
         See `speechbrain_jepa.data.clips.find_audio`.
     out : str or Path
-        .npz, .npy or .csv.
+        .npz, .npy, .csv or .parquet.
     level : str
         "clip" (default): one embedding a file. "frame": one a time step.
     precision : str
@@ -261,11 +79,20 @@ def embed_files(
         Show a progress bar. Default True.
     source : str or None
         What the model was loaded from, noted beside the output. Default None: unknown.
+    share : Share or None
+        Embed those of the files that are in this share, and write no output. Default None.
+    join : bool
+        Write the output from the parts of all shares, embedding nothing. Default False.
+    ray_address : str or None
+        Of a Ray cluster that embeds (`embed_ray.embed_on_ray`), "local" for this machine alone.
+        Default None: this process embeds.
+    spent : Spent or None
+        Gets what the work took; of all shares, where they are joined.
 
     Returns
     -------
     files : list of str
-        Those in the output.
+        Those in the output, or embedded by the share.
     skipped : SkippedFiles
         The others, also in `<out without ending>.skipped.csv`.
 
@@ -279,35 +106,24 @@ def embed_files(
     OSError
         If the disk is full: the message names it.
     ValueError
-        If an option does not fit, or no file can be embedded.
+        If an option does not fit, no file can be embedded, or shares or files of them are missing.
     """
-    if level not in LEVELS:
-        raise ValueError(f"level={level!r}: choose one of {', '.join(LEVELS)}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision={precision!r}: choose one of {', '.join(PRECISIONS)}")
-    if model.output_all_hiddens:
-        raise ValueError(
-            "embed_files writes one vector: load AudioJEPA with layers, not output_all_hiddens"
-        )
-    plan = {
-        "level": level,
-        "precision": precision,
-        "flat": model.flat,
-        "output_norm": model.output_norm,
-        "layers": model.embed_layers if level == "clip" else model.step_layers,
-        "pooling": model.read_out.pooling if level == "clip" else None,
-        "normalization": model.normalize,
-        "step_seconds": model.step_seconds,
-        "encoder": fingerprint(model),
-    }
+    plan = embedding_plan(model, level, precision)
     out = Path(out)
     if out.suffix not in FORMATS:
         raise ValueError(f"--out {out}: the name must end in {', '.join(FORMATS)}")
+    if out.suffix == ".parquet":
+        import_parquet()
     parts = out.with_name(out.name + ".parts")
     if out.exists() and not parts.exists():
         raise _exists(out)
+    spent = Spent() if spent is None else spent
+    reading = (level, precision, batch_seconds, num_workers, progress)
+    if share is not None:
+        return _embed_share(model, files, out, parts / share.folder, plan, share, reading, spent)
     with folder_lock(parts, fix="wait for it, or name another --out"):
-        embeddings = Embeddings(out, parts, plan)
+        shares = [parts / found.folder for found in share_folders(parts)]
+        embeddings = Embeddings(out, parts, plan, shares)
         skipped = SkippedFiles(out.with_suffix(".skipped.csv"))
         if embeddings.is_complete:
             shutil.rmtree(parts)
@@ -316,36 +132,113 @@ def embed_files(
                 return done, skipped
         if out.exists():
             raise _exists(out)
-        skipped.path.unlink(missing_ok=True)  # files that could not be read are tried again
-        skipped = SkippedFiles(skipped.path)
+        if join:
+            skipped = _check_shares(embeddings, skipped, files, spent)
+        elif shares:
+            raise ValueError(
+                f"{parts} was begun in shares: embed each (--shard) and --join them, or remove it"
+            )
+        else:
+            skipped.path.unlink(missing_ok=True)  # files that could not be read are tried again
+            skipped = SkippedFiles(skipped.path)
         if not model.is_fitted:
-            _fit(model, embeddings, files, num_workers)
-        _embed(
-            model,
-            embeddings,
-            skipped,
-            files,
-            level,
-            precision,
-            batch_seconds,
-            num_workers,
-            progress,
-        )
+            _fit(model, parts, files, num_workers)
+        if ray_address is not None and not join:
+            from speechbrain_jepa.embed_ray import embed_on_ray
+
+            embed_on_ray(ray_address, model, embeddings, skipped, files, *reading[:3], spent)
+        elif not join:
+            _embed(model, embeddings, skipped, files, *reading, spent)
         write_settings(out, {**plan, "source": source}, model)
         times = (lambda steps: model.timestamps(steps).numpy()) if level == "frame" else None
         return embeddings.finish(files, times), skipped
+
+
+def _embed_share(
+    model: AudioJEPA,
+    files: list[str],
+    out: Path,
+    folder: Path,
+    plan: dict,
+    share: Share,
+    reading: tuple,
+    spent: Spent,
+) -> tuple[list[str], SkippedFiles]:
+    """Embed a share of the files; its folder says so when it is complete."""
+    own = [file for file in files if share.has(file)]
+    with folder_lock(folder, "wait for it, or give this process another --shard"):
+        missing_shares(folder.parent)  # an error where there are shares of another number
+        embeddings = Embeddings(out, folder, plan)
+        skipped, marker = SkippedFiles(folder / "skipped.csv"), folder / COMPLETE
+        done = [file for file in own if file in embeddings.place]
+        if out.exists() or (marker.exists() and len(done) + len(skipped) == len(own)):
+            return done, skipped  # an output that exists is the business of `join`
+        marker.unlink(missing_ok=True)
+        skipped.path.unlink(missing_ok=True)
+        skipped = SkippedFiles(skipped.path)
+        if not model.is_fitted:
+            _fit(model, folder.parent, files, reading[3])
+        _embed(model, embeddings, skipped, own, *reading, spent)
+        embeddings.flush()
+        write_text(marker, json.dumps(asdict(spent)))
+        return [file for file in own if file in embeddings.place], skipped
+
+
+def _check_shares(
+    embeddings: Embeddings, skipped: SkippedFiles, files: list[str], spent: Spent
+) -> SkippedFiles:
+    """Whether the shares have every file; the list of those that they skipped."""
+    parts = embeddings.parts
+    shares = share_folders(parts)
+    if not shares:
+        raise ValueError(f"{parts} holds no shares: embed them with --shard 0/n to n-1/n")
+    missing = missing_shares(parts)
+    if missing:
+        named = ", ".join(map(str, missing[:20])) + (", ..." if len(missing) > 20 else "")
+        raise ValueError(
+            f"{parts}: of {missing[0].number} shares {len(missing)} are missing or unfinished: run "
+            f"the command again with --shard {named}"
+        )
+    unread: dict[str, str] = {}
+    took = []
+    for share in shares:
+        folder = parts / share.folder
+        unread.update(_skipped_lines(folder / "skipped.csv"))
+        took.append(Spent(**json.loads((folder / COMPLETE).read_text(encoding="utf-8"))))
+    spent.sum_of(took)
+    nowhere = [file for file in files if file not in embeddings.place and file not in unread]
+    if nowhere:
+        again = sorted({s.index for s in shares for file in nowhere[:1000] if s.has(file)})
+        raise ValueError(
+            f"{parts}: {len(nowhere)} files are in no share, {nowhere[0]} for one: they were added "
+            f"since; run again --shard {', '.join(f'{i}/{len(shares)}' for i in again[:20])}"
+        )
+    lines = [(file, unread[file]) for file in files if file in unread]
+    skipped.path.unlink(missing_ok=True)
+    return SkippedFiles.write(skipped.path, lines) if lines else SkippedFiles(skipped.path)
+
+
+def _skipped_lines(path: Path) -> list[tuple[str, str]]:
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return [(row["file"], row["reason"]) for row in csv.DictReader(file)]
 
 
 def _exists(out: Path) -> FileExistsError:
     return FileExistsError(f"{out} exists already: remove it, or name another --out")
 
 
-def _fit(model: AudioJEPA, embeddings: Embeddings, files: list[str], num_workers: int) -> None:
-    def measure():
-        fitted = model.fit_normalization(files, num_workers=num_workers).normalization
-        return {"mean": fitted.mean.item(), "std": fitted.std.item()}
-
-    model.normalization.set(**embeddings.normalization(measure))
+def _fit(model: AudioJEPA, parts: Path, files: list[str], num_workers: int) -> None:
+    """Set the files' mean and deviation: measured, or as another share or run measured them."""
+    path = parts / "normalization.json"
+    if not path.exists():
+        with folder_lock(parts / "normalization", "wait for it", wait=MEASURING_SECONDS):
+            if not path.exists():
+                fitted = model.fit_normalization(files, num_workers=num_workers).normalization
+                pair = {"mean": fitted.mean.item(), "std": fitted.std.item()}
+                write_text(path, json.dumps(pair))
+    model.normalization.set(**json.loads(path.read_text(encoding="utf-8")))
 
 
 def _embed(
@@ -358,33 +251,34 @@ def _embed(
     batch_seconds: float,
     num_workers: int,
     progress: bool,
+    spent: Spent,
 ) -> None:
     """Embed the files that no part has."""
     left = [file for file in files if file not in embeddings.place]
-    device = next(model.parameters()).device
-    dtype = PRECISIONS[precision]
     with (
+        spent.on("whole"),
         embeddings.kept_on_error(),
         tqdm(total=len(files), initial=len(files) - len(left), disable=not progress) as bar,
-        torch.inference_mode(),
-        torch.autocast(device.type, dtype, enabled=dtype is not None),
     ):
 
         def skip(error):
             skipped.add(error.path, error.reason)
             bar.update()
 
-        for batch in read_clips(left, batch_seconds, num_workers, skip):
-            wav = batch.wav.to(device)
-            if level == "clip":
-                rows = list(model.embed(wav, batch.wav_lens)[:, None].float().cpu().numpy())
-            else:
-                steps = model.num_steps((batch.wav_lens * wav.shape[1]).round().long())
-                frames = model(wav, batch.wav_lens).float().cpu().numpy()
-                rows = [clip[:count].copy() for clip, count in zip(frames, steps, strict=True)]
-            for file, array in zip(batch.files, rows, strict=True):
-                embeddings.add(file, array)
-            bar.update(len(batch.files))
+        batches = read_clips(left, batch_seconds, num_workers, skip)
+        while True:
+            with spent.on("reading"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            with spent.on("encoding"):
+                pairs = embed_batch(model, batch, level, precision)
+            with spent.on("writing"):
+                for file, rows in pairs:
+                    embeddings.add(file, rows)
+            spent.files += len(pairs)
+            spent.audio += float(batch.wav_lens.sum()) * batch.wav.shape[1] / SAMPLE_RATE
+            bar.update(len(pairs))
 
 
 def main(arguments=None) -> None:
@@ -400,7 +294,7 @@ def main(arguments=None) -> None:
         "that comes with the package; may be left out where audio is a single file or folder",
     )
     add("audio", nargs="*", help="audio files, and folders to search")
-    add("--out", required=True, help="output file: .npz, .npy or .csv")
+    add("--out", required=True, help="output file: .npz, .npy, .csv, .parquet")
     add("--level", choices=LEVELS, default="clip", help="one embedding a file or a time step")
     add_read_out(parser, "as the encoder's config.json says; the last with --level frame")
     add("--step", type=float, help="seconds of a time step, finer than the encoder's own")
@@ -410,35 +304,90 @@ def main(arguments=None) -> None:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--batch_seconds", type=float, default=BATCH_SECONDS, help="of audio at once")
     add("--num_workers", type=int, default=2, help="decoding threads")
+    add("--shard", help="i/n: embed this one of n shares, as a job of a queue")
+    add("--join", action="store_true", help="write the output from all shares, which must be there")
+    add("--engine", choices=("process", "ray"), default="process", help="what embeds")
+    add("--address", default="local", help="of the Ray cluster: auto, or host:port")
     options = parser.parse_args(arguments)
     if not options.audio:
         options.encoder, options.audio = None, [options.encoder]
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    spent = Spent()
     try:
-        files = find_audio(options.audio)
-        model = AudioJEPA(
-            options.encoder,
-            layers=options.layers,
-            pooling=options.pooling,
-            flat=options.flat,
-            normalization=options.normalization,
-            step_seconds=options.step,
-            device=options.device,
-        )
-        done, skipped = embed_files(
-            model,
-            files,
-            options.out,
-            options.level,
-            options.precision,
-            options.batch_seconds,
-            options.num_workers,
-            source=options.encoder or DEFAULT_ENCODER,
-        )
+        _check_engine(options, world)
+        if world > 1:
+            done, skipped = _under_torchrun(options, spent)
+        else:
+            share = Share.parse(options.shard) if options.shard else None
+            done, skipped = _run(options, find_audio(options.audio), share, options.join, spent)
     except (OSError, ValueError, FolderInUse) as error:
         raise SystemExit(f"embed: {error}") from error
-    print(f"{len(done)} files embedded in {options.out}")
+    if int(os.environ.get("RANK", 0)):
+        return
+    where = options.out if not options.shard else f"share {options.shard} of {options.out}"
+    print(f"{len(done)} files embedded in {where}")
     if len(skipped):
         print(f"{len(skipped)} files skipped, listed in {skipped.path}")
+    print(spent.sentence())
+
+
+def _check_engine(options, world: int) -> None:
+    given = {
+        "--shard": options.shard,
+        "--join": options.join,
+        "--engine ray": options.engine == "ray",
+        "torchrun": world > 1,
+    }
+    chosen = [name for name, value in given.items() if value]
+    if len(chosen) > 1:
+        raise ValueError(f"{' and '.join(chosen)}: choose one of them")
+
+
+def _run(options, files, share: Share | None, join: bool, spent: Spent):
+    """Load the encoder and embed, as the options say."""
+    model = AudioJEPA(
+        options.encoder,
+        layers=options.layers,
+        pooling=options.pooling,
+        flat=options.flat,
+        normalization=options.normalization,
+        step_seconds=options.step,
+        device="cpu" if join or options.engine == "ray" else options.device,
+    )
+    return embed_files(
+        model,
+        files,
+        options.out,
+        options.level,
+        options.precision,
+        options.batch_seconds,
+        options.num_workers,
+        progress=int(os.environ.get("RANK", 0)) == 0,
+        source=options.encoder or DEFAULT_ENCODER,
+        share=share,
+        join=join,
+        ray_address=options.address if options.engine == "ray" else None,
+        spent=spent,
+    )
+
+
+def _under_torchrun(options, spent: Spent):
+    """A share for each process, on its own GPU where the device is cuda; the first joins them."""
+    if options.device == "cuda":
+        options.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
+    try:
+        share = Share(torch.distributed.get_rank(), torch.distributed.get_world_size())
+        # one process looks at the folders
+        listing = [find_audio(options.audio) if share.index == 0 else None]
+        torch.distributed.broadcast_object_list(listing)
+        result = _run(options, listing[0], share, False, spent)
+        torch.distributed.barrier()
+        if share.index == 0:
+            result = _run(options, listing[0], None, True, spent)
+        return result
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import numpy as np
 from speechbrain_jepa.encoder import AudioJEPA
 from speechbrain_jepa.files import write_text
 
-FORMATS = (".npz", ".npy", ".csv")
+FORMATS = (".npz", ".npy", ".csv", ".parquet")
 SIDE_FILES = (".files.csv", ".skipped.csv")  # beside an output, and none themselves
 ENCODER_OPTIONS = ("flat", "output_norm", "layers", "pooling", "normalization", "step_seconds")
 
@@ -155,7 +155,9 @@ def read_embedded(path: str | os.PathLike) -> Embedded:
     (['a.wav', 'b.wav'], (2, 2))
     """
     path = _find(Path(path))
-    read = {".npz": _read_npz, ".npy": _read_npy, ".csv": _read_csv}[path.suffix]
+    read = {".npz": _read_npz, ".npy": _read_npy, ".csv": _read_csv, ".parquet": _read_parquet}[
+        path.suffix
+    ]
     try:
         files, counts, rows = read(path)
         if not files or int(np.sum(counts)) != len(rows) or rows.ndim != 2:
@@ -200,7 +202,7 @@ def _is_output(file: Path) -> bool:
     if file.suffix == ".csv" and not file.name.endswith(SIDE_FILES):
         with _open(file) as lines:
             return lines.readline().startswith(("file,0", "file,seconds,0"))
-    return file.suffix == ".npz"
+    return file.suffix in (".npz", ".parquet")
 
 
 def _open(path: Path):
@@ -222,6 +224,30 @@ def _read_npy(path: Path):
         rows = [(row["file"], int(row["rows"])) for row in csv.DictReader(lines)]
     files, counts = (list(column) for column in zip(*rows))
     return files, np.array(counts), np.load(path, mmap_mode="r")
+
+
+def _read_parquet(path: Path):
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ValueError("Parquet needs pyarrow: in a clone, pip install '.[parquet]'") from error
+    files: list[str] = []
+    counts: list[int] = []
+    vectors = []
+    with parquet.ParquetFile(path) as table:
+        for group in range(table.num_row_groups):
+            rows = table.read_row_group(group, ["file", "embedding"])
+            for name in rows["file"].cast(pyarrow.binary()).to_pylist():
+                file = os.fsdecode(name)
+                if files and files[-1] == file:
+                    counts[-1] += 1
+                else:
+                    files.append(file)
+                    counts.append(1)
+            column = rows["embedding"].combine_chunks()
+            vectors.append(column.flatten().to_numpy().reshape(len(column), -1))
+    return files, np.array(counts), np.concatenate(vectors)
 
 
 def _read_csv(path: Path):

@@ -3,6 +3,7 @@
     python -m speechbrain_jepa.prepare --data_folder /data/audioset --out /fast/audioset
     python -m speechbrain_jepa.prepare ... --shard 3/16       # on the fourth of sixteen machines
     torchrun --nproc_per_node=8 -m speechbrain_jepa.prepare ...     # a share for each process
+    python -m speechbrain_jepa.prepare ... --engine ray --address auto     # on a Ray cluster
     python -m speechbrain_jepa.prepare --out /fast/audioset --check
 
 Training takes the folder as it is: `--data_folder /fast/audioset`. Which files are whose follows
@@ -16,13 +17,15 @@ import time
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from speechbrain_jepa.data.decoded import FORMATS
 from speechbrain_jepa.data.prepared import SHARD_BYTES, Prepared, check_shares, write_share
 from speechbrain_jepa.data.scan import read_csv, scan_folder
-from speechbrain_jepa.data.shares import Share
+from speechbrain_jepa.data.shares import Share, share_folders
 from speechbrain_jepa.data.workers import available_cpus
 from speechbrain_jepa.files import FolderInUse, folder_lock
+from speechbrain_jepa.ray_cluster import cause_of, on_cluster
 
 
 def prepare(
@@ -105,6 +108,62 @@ def prepare(
         )
 
 
+def prepare_on_ray(
+    address: str, out: str | os.PathLike, number: int | None = None, num_threads=None, **options
+) -> Prepared:
+    """Prepare all shares of a corpus on a Ray cluster, a task each.
+
+    A task that is lost, or its node, is begun again by Ray and goes on behind its last whole shard.
+    Every node sees the corpus and `out` under the same paths.
+
+    Arguments
+    ---------
+    address : str
+        See `ray_cluster.on_cluster`.
+    out : str or path
+    number : int or None
+        Of shares. None (default): as many as `out` holds, else four for each task that fits the
+        cluster at once.
+    num_threads : int or None
+        Of a task. None (default): the CPUs of the smallest node.
+    options
+        Of `prepare`.
+
+    Returns
+    -------
+    Prepared
+        All shares together.
+
+    Raises
+    ------
+    OSError, ValueError
+        Whatever ended a task, other than its loss.
+    """
+    out = Path(os.path.abspath(out))
+    for name in ("data_folder", "train_csv"):
+        if options.get(name) is not None:
+            options[name] = os.path.abspath(options[name])
+    with on_cluster(address) as ray:
+        nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+        threads = num_threads or min(filter(None, nodes), default=1)
+        if number is None:
+            begun = share_folders(out) if out.is_dir() else []
+            number = begun[0].number if begun else 4 * max(sum(nodes) // threads, 1)
+        task = ray.remote(num_cpus=threads, max_retries=-1)(prepare)
+        options = {**options, "num_threads": threads, "progress": False}
+        pending = [task.remote(out, share=Share(i, number), **options) for i in range(number)]
+        with tqdm(desc="Preparing", total=number, unit=" shares") as bar:
+            try:
+                while pending:
+                    ready, pending = ray.wait(pending)
+                    ray.get(ready)
+                    bar.update(len(ready))
+            except ray.exceptions.RayError as error:
+                cause = cause_of(error)
+                raise OSError(f"a worker ended with {type(cause).__name__}: {cause}") from error
+    return check_shares(out)
+
+
 def own_share() -> Share:
     """That of this process under torchrun, else everything."""
     return Share(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
@@ -134,11 +193,28 @@ def main(arguments=None) -> None:
     add("--shard_bytes", type=float, default=SHARD_BYTES, help="of one tar, about")
     add("--min_seconds", type=float, default=0.2, help="shorter files are skipped")
     add("--num_threads", type=int, help="that decode (one for each CPU)")
+    add("--engine", choices=("process", "ray"), default="process", help="what prepares")
+    add("--address", default="local", help="of the Ray cluster: auto, or host:port")
+    add("--shares", type=int, help="on Ray: how many (four for each task that runs at once)")
     add("--check", action="store_true", help="write nothing: say whether all shares are there")
     options = parser.parse_args(arguments)
     try:
         if options.check:
             print(f"{options.out} is complete: {summary(check_shares(options.out))}")
+            return
+        if options.engine == "ray":
+            prepared = prepare_on_ray(
+                options.address,
+                options.out,
+                options.shares,
+                options.num_threads,
+                data_folder=options.data_folder,
+                train_csv=options.train_csv,
+                kind=options.format,
+                shard_bytes=int(options.shard_bytes),
+                min_seconds=options.min_seconds,
+            )
+            print(f"{options.out} is complete: {summary(prepared)}")
             return
         torch.set_num_threads(1)
         share = Share.parse(options.shard) if options.shard else own_share()

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from pyarrow import parquet
 
 from speechbrain_jepa import AudioJEPA, embed
 from speechbrain_jepa.checkpoints import save_pretrained
 from speechbrain_jepa.data.clips import find_audio, read_audio, read_clips
 from speechbrain_jepa.data.crops import UnreadableAudio
+from speechbrain_jepa.embedded import read_embedded
 from speechbrain_jepa.features import Normalization
 from speechbrain_jepa.files import folder_lock
 from speechbrain_jepa.vit import Encoder, PatchGrid
@@ -91,6 +93,11 @@ def test_clips_in_every_format(folder, audio, tmp_path):
     rows = read_table(outs[2])
     assert [row.pop("file") for row in rows] == list(expected)
     assert_close([[float(value) for value in row.values()] for row in rows], means)
+    table = parquet.read_table(outs[3])
+    assert table["file"].to_pylist() == list(expected)
+    assert_close(table["embedding"].to_pylist(), means)
+    again = read_embedded(outs[3])
+    assert again.files == list(expected) and np.array_equal(again.vectors, np.load(outs[1]))
 
 
 def test_frames_in_every_format(folder, audio, tmp_path):
@@ -115,6 +122,13 @@ def test_frames_in_every_format(folder, audio, tmp_path):
     assert [row.pop("file") for row in rows] == list(np.repeat(list(expected), counts))
     assert_close([float(row.pop("seconds")) for row in rows], seconds)
     assert_close([[float(value) for value in row.values()] for row in rows], frames)
+    table = parquet.read_table(outs[3])
+    assert table["file"].to_pylist() == list(np.repeat(list(expected), counts))
+    assert_close(table["seconds"].to_pylist(), seconds)
+    assert_close(table["embedding"].to_pylist(), frames)
+    again = read_embedded(outs[3])
+    assert again.files == list(expected)
+    assert_close(again.vectors, np.stack([rows.mean(0) for rows in expected.values()]))
 
 
 def test_batches_do_not_change_embeddings(folder, audio, tmp_path):
@@ -156,6 +170,14 @@ def test_a_name_is_one_row_whatever_is_in_it(out, folder, tmp_path):
     with open(table, newline="", encoding="utf-8", errors="surrogateescape") as file:
         found = [os.path.basename(os.fsencode(row["file"])) for row in csv.DictReader(file)]
     assert sorted(found) == sorted(names)
+
+
+def test_a_name_that_is_no_text_is_kept_in_parquet(folder, tmp_path):
+    name = os.fsdecode(b"\xff.wav")
+    with open(tmp_path / name, "wb") as file:
+        soundfile.write(file, np.full(9_000, 0.1), 16_000, format="WAV")
+    run(folder, tmp_path, tmp_path / "emb.parquet")
+    assert read_embedded(tmp_path / "emb.parquet").files == [str(tmp_path / name)]
 
 
 @pytest.mark.parametrize("name", ["emb.txt", "emb"])
@@ -256,7 +278,8 @@ def test_a_killed_run_loses_no_finished_part(folder, tmp_path):
     for number in range(120):
         soundfile.write(audio / f"{number:03d}.wav", rng.normal(0, 0.1, 40_000), 16_000)
     out = tmp_path / "emb.npy"
-    code = "from speechbrain_jepa import embed; embed.PART_SECONDS = 0; embed.main()"
+    code = "from speechbrain_jepa import embed, embedding_parts; "
+    code += "embedding_parts.PART_SECONDS = 0; embed.main()"
     command = [sys.executable, "-c", code, str(folder), str(audio), "--out", str(out)]
     command += ["--batch_seconds", "5"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)

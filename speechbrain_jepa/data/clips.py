@@ -136,11 +136,16 @@ def read_clips(
     ['a.wav', 'b.wav'] torch.Size([2, 32000]) tensor([1.0000, 0.5000], dtype=torch.float64)
     ['c.wav'] torch.Size([1, 48000]) tensor([1.], dtype=torch.float64)
     """
+    yield from in_batches(_read_ahead(files, num_workers, on_failure), batch_seconds)
+
+
+def in_batches(clips: Iterable[tuple[str, Tensor]], batch_seconds: float) -> Iterator[ClipBatch]:
+    """Clips (name, samples) in their order, in batches as `read_clips` gives them."""
     limit = batch_seconds * SAMPLE_RATE
     names: list[str] = []
     wavs: list[Tensor] = []
     longest = 0
-    for name, wav in _read_ahead(files, num_workers, on_failure):
+    for name, wav in clips:
         longest = max(longest, len(wav))
         if wavs and longest * (len(wavs) + 1) > limit:
             yield _collate(names, wavs)
