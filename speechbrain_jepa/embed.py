@@ -161,7 +161,7 @@ def _embed_share(
     folder: Path,
     plan: dict,
     share: Share,
-    reading: tuple,
+    reading: tuple[str, str, float, int, bool],
     spent: Spent,
 ) -> tuple[list[str], SkippedFiles]:
     """Embed a share of the files; its folder says so when it is complete."""
