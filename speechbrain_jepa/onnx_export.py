@@ -383,6 +383,8 @@ def _label(proto, model: AudioJEPA, graph: EncoderGraph) -> None:
         "normalization": model.normalize,
         "config": json.dumps(describe(*parts), ensure_ascii=False),
     }
+    for part in (proto, proto.graph, *proto.graph.node, *proto.graph.value_info):
+        del part.metadata_props[:]  # the exporter's notes, with paths of this machine
     for key, value in facts.items():
         proto.metadata_props.add(key=key, value=str(value))
 

@@ -259,7 +259,8 @@ def test_half_size_finer_steps_and_each_clips_own_normalisation_by_the_command(t
     export.main([str(source), "--onnx", str(path), *options])
     weights = 2 * sum(p.numel() for p in encoder.parameters())
     fixed = 4 * 80 * 220  # mel filters, in float32
-    assert path.stat().st_size < fixed + weights + 150_000  # the graph itself
+    assert path.stat().st_size < fixed + weights + 80_000  # the graph itself
+    assert b"onnx_export.py" not in path.read_bytes()  # no paths of the machine that wrote it
     model = AudioJEPA(source, step_seconds=0.04, flat=True, normalization="instance")
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     for samples in (5_000, 70_000):

@@ -6,7 +6,7 @@
 | best event-based F1 | sed_scores_eval | the same collars, over all thresholds |
 | PSDS 1, PSDS 2 | sed_scores_eval | scenarios 1 and 2 of DCASE task 4 |
 
-`pip install 'speechbrain-jepa[events]'`.
+`pip install '.[events]'`.
 """
 
 import warnings

@@ -219,10 +219,7 @@ class Run:
             )
         missing = [name for name in self.task.needs if find_spec(name) is None]
         if missing:
-            raise Failure(
-                f"{self.task.name} needs {', '.join(missing)}: "
-                "pip install 'speechbrain-jepa[superb]'"
-            )
+            raise Failure(f"{self.task.name} needs {', '.join(missing)}: pip install '.[superb]'")
         if self.task.downstream == "ctc" and not (self.options.s3prl / CORPORA).is_dir():
             raise Failure(
                 f"{self.task.name} needs {CORPORA}, which s3prl on PyPI lacks: clone "

@@ -147,6 +147,7 @@ def test_a_run_that_was_killed_ends_with_the_same_weights(parts, tones, tmp_path
     )
     with pytest.raises(Killed):
         killed.fit()
+    killed.brain.checkpointer.finish()  # its thread, which a kill would have ended
     again = Run(parts, tones, tmp_path / "killed", **options)
     torch.rand(17)  # the state of torch's generator is not that of the killed run
     again.fit()

@@ -38,7 +38,8 @@ def s3prl_folder():
 def s3prl_distribution(s3prl_folder):
     """What pip installed there: s3prl, or its fork espnet-s3prl."""
     for distribution in importlib.metadata.distributions():
-        if Path(distribution.locate_file("s3prl/hub.py")) == s3prl_folder / "hub.py":
+        is_here = Path(distribution.locate_file("s3prl/hub.py")) == s3prl_folder / "hub.py"
+        if is_here and distribution.metadata["Name"] in ("s3prl", "espnet-s3prl"):
             return distribution
     return pytest.skip(f"{s3prl_folder} was not installed by pip")
 

@@ -2,6 +2,7 @@
 
 import csv
 import os
+from collections import Counter
 from collections.abc import Iterator
 from os.path import join
 from pathlib import Path
@@ -54,12 +55,14 @@ def prepare(data_folder, save_folder, allow_missing: bool = False) -> Path:
         locate(TASK, data_folder, table)
         folder = next((name for name in folders if os.path.isdir(join(data_folder, name))), None)
         found = {} if folder is None else _by_stem(join(data_folder, folder))
+        suffixes = Counter(Path(file).suffix for file in found.values()) or {".wav": 1}
+        usual = max(suffixes, key=suffixes.__getitem__)  # what a missing file is called
         for video, start, stop, mids in _segments(join(data_folder, table)):
             unknown = [mid for mid in mids if mid not in names]
             if unknown:
                 raise ValueError(f"{table}: {video} has {unknown[0]}, which {LABELS} does not list")
             file = next((found[stem] for stem in _stems(video, start, stop) if stem in found), None)
-            wav = join(folder or folders[0], file or f"{video}.wav")
+            wav = join(folder or folders[0], file or f"{video}{usual}")
             clips.append(Clip(wav, ";".join(names[mid] for mid in mids), split))
     return write_manifest(TASK, data_folder, save_folder, clips, allow_missing=allow_missing)
 
