@@ -264,7 +264,11 @@ def test_half_size_finer_steps_and_each_clips_own_normalisation_by_the_command(t
     model = AudioJEPA(source, step_seconds=0.04, flat=True, normalization="instance")
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     for samples in (5_000, 70_000):
-        assert_equal_to_torch(session, model, *clips(samples, [samples, samples // 2, 3]))
+        wav, lengths = clips(samples, [samples, samples // 2, 3])
+        # divided by a clip's own deviation, rounding in the log-mel grows with the values: what the
+        # command itself allows
+        largest = model(wav, lengths.double() / samples).abs().max().item()
+        assert_equal_to_torch(session, model, wav, lengths, 1e-4 * max(1.0, largest))
     facts = session.get_modelmeta().custom_metadata_map
     assert (facts["samples_per_step"], facts["normalization"]) == ("640", "instance")
 
