@@ -31,6 +31,7 @@ class FinetunedJEPA(AudioJEPA):
 
     Example
     -------
+    >>> import torch
     >>> from speechbrain_jepa.features import Normalization
     >>> from speechbrain_jepa.vit import PatchGrid
     >>> parts = Encoder(PatchGrid(), dim=48, depth=1, num_heads=3), Normalization(-7.06, 4.19)
