@@ -129,7 +129,8 @@ def test_enabled_and_fine_tuned(environment, arguments, check, s3prl_folder, tmp
     """Plain python on s3prl's own script, which also trains the encoder (-f) and saves it."""
     script = s3prl_folder / "run_downstream.py"
     before_s3prl = script.read_text().partition("from s3prl")[0]
-    if "HfFolder" in before_s3prl and not hasattr(huggingface_hub, "HfFolder"):
+    supplied_too_late = int(huggingface_hub.__version__.split(".")[0]) >= 1
+    if "HfFolder" in before_s3prl and supplied_too_late:
         pytest.skip("this script imports HfFolder before s3prl: it wants huggingface_hub < 1")
     environment.run("-m", "speechbrain_jepa.s3prl", "enable")
     fine_tuned = (*arguments, "-f", "-s", "last_hidden_state")
