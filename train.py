@@ -10,7 +10,6 @@ work as everywhere. Started again with the same command, a run continues where i
 
 import contextlib
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import speechbrain as sb
@@ -40,7 +39,7 @@ from speechbrain_jepa.data import (
 )
 from speechbrain_jepa.description import COMMAND_FILE, command_line, describe_training
 from speechbrain_jepa.files import folder_lock, full_disk_named, write_text
-from speechbrain_jepa.recipe import resolve_recipe
+from speechbrain_jepa.recipe import parse_arguments, resolve_recipe
 
 logger = get_logger("speechbrain_jepa.train")
 
@@ -214,11 +213,7 @@ def pretrain(hparams, recipe, run_opts):
 
 
 if __name__ == "__main__":
-    hparams_file, run_opts, overrides = sb.parse_arguments(sys.argv[1:])
-    if not torch.cuda.is_available():
-        given = run_opts.overridden_args | {"distributed_backend"}
-        run_opts = replace(run_opts, distributed_backend="gloo", overridden_args=given)
-    given = {name: run_opts[name] for name in run_opts.overridden_args}
+    hparams_file, run_opts, overrides, given = parse_arguments(sys.argv[1:])
     recipe = resolve_recipe(hparams_file, overrides, given)
     sb.utils.distributed.ddp_init_group(run_opts)
     hparams = load_hyperpyyaml(recipe)

@@ -9,14 +9,41 @@ A variant has the one key `recipe`, which includes another yaml with lines of it
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
+import speechbrain as sb
+import torch
 from hyperpyyaml import resolve_references
 from ruamel.yaml import YAML
 
 RECIPE = "recipe"
 INCLUDE = "!include:"
+
+
+def parse_arguments(arguments: list[str]) -> tuple:
+    """SpeechBrain's `parse_arguments`, with gloo between processes where there is no GPU.
+
+    Arguments
+    ---------
+    arguments : list of str
+        A yaml and options.
+
+    Returns
+    -------
+    path : str
+    run_opts : speechbrain.core.RunOptions
+    overrides : str
+        Of the yaml's lines, as a yaml.
+    given : dict
+        The run options that were given, for `resolve_recipe`.
+    """
+    path, run_opts, overrides = sb.parse_arguments(arguments)
+    if not torch.cuda.is_available():
+        names = run_opts.overridden_args | {"distributed_backend"}
+        run_opts = replace(run_opts, distributed_backend="gloo", overridden_args=names)
+    return path, run_opts, overrides, {name: run_opts[name] for name in run_opts.overridden_args}
 
 
 def resolve_recipe(

@@ -2,11 +2,7 @@
 
 import csv
 import itertools
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +19,7 @@ from written_out import (
     joined,
     make_brain,
     recipe_hparams,
+    run_two_ranks,
     written_out,
 )
 
@@ -42,24 +39,7 @@ def together(audio_folder, tmp_path_factory):
     for run, part in itertools.product(RUNS, ("train", "valid")):
         items = np.arange(VALID_CLIPS if part == "valid" else len(manifest))
         manifest.subset(items).save(folder / run / "split" / part)
-    worker = str(Path(__file__).with_name("one_rank.py"))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, worker, str(folder), str(audio_folder)],
-            env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        for process in processes:
-            said, _ = process.communicate(timeout=240)
-            assert process.returncode == 0, said
-    finally:
-        for process in processes:
-            process.kill()
+    run_two_ranks("one_rank.py", folder, audio_folder, timeout=240)
     runs = {}
     for name in RUNS:
         files = [folder / name / f"rank{rank}.pt" for rank in (0, 1)]

@@ -1,15 +1,12 @@
 """The options of the recipe's yaml: each run goes on bit for bit, and is one on two ranks."""
 
 import csv
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from option_runs import CLIPS, OPTIONS, STEPS, make_brain, split
+from written_out import run_two_ranks
 
 NAMES = ("step", "epoch", "train_loss", "train_learning_rate", "train_gradient_norm")
 
@@ -49,24 +46,7 @@ def two_ranks(audio_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     for name in OPTIONS:
         split(folder / name, audio_folder)
-    worker = str(Path(__file__).with_name("option_runs.py"))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, worker, str(folder), str(audio_folder)],
-            env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        for process in processes:
-            said, _ = process.communicate(timeout=600)
-            assert process.returncode == 0, said
-    finally:
-        for process in processes:
-            process.kill()
+    run_two_ranks("option_runs.py", folder, audio_folder, timeout=600)
     files = {name: [folder / name / f"rank{rank}.pt" for rank in (0, 1)] for name in OPTIONS}
     return {
         name: [torch.load(file, weights_only=False) for file in pair]

@@ -2,6 +2,9 @@
 
 import copy
 import math
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -252,6 +255,27 @@ def assert_same_weights(ours, theirs):
                 atol=3e-6,
                 msg=lambda text, at=f"step {step}, {name}": f"{at}: {text}",
             )
+
+
+def run_two_ranks(script: str, folder, audio_folder, timeout: float) -> None:
+    """Both ranks of a script beside this file, until they are done."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name(script)), str(folder), str(audio_folder)],
+            env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        for process in processes:
+            said, _ = process.communicate(timeout=timeout)
+            assert process.returncode == 0, said
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def recipe_hparams(recipe, folder, **options) -> dict:

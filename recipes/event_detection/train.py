@@ -11,11 +11,9 @@ work as everywhere. Started again with the same command, a run goes on where it 
 import contextlib
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import speechbrain as sb
-import torch
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.utils.distributed import if_main_process, main_process_only, run_on_main
 from speechbrain.utils.logger import get_logger
@@ -26,7 +24,7 @@ from speechbrain_jepa.events import SPLITS, EventTable, EventTargets, read_event
 from speechbrain_jepa.files import folder_lock, full_disk_named, whole_file, write_text
 from speechbrain_jepa.finetuning.data import LabelledDataset, make_loader
 from speechbrain_jepa.finetuning.events import EventBrain
-from speechbrain_jepa.recipe import resolve_recipe
+from speechbrain_jepa.recipe import parse_arguments, resolve_recipe
 
 logger = get_logger("event_detection")
 
@@ -126,11 +124,7 @@ def finish(hparams, brain, results: dict, names: list[str]) -> None:
 
 def main(arguments: list[str]) -> dict:
     """One run, in an output folder that nobody else works in."""
-    hparams_file, run_opts, overrides = sb.parse_arguments(arguments)
-    if not torch.cuda.is_available():
-        given = run_opts.overridden_args | {"distributed_backend"}
-        run_opts = replace(run_opts, distributed_backend="gloo", overridden_args=given)
-    given = {name: run_opts[name] for name in run_opts.overridden_args}
+    hparams_file, run_opts, overrides, given = parse_arguments(arguments)
     recipe = resolve_recipe(hparams_file, overrides, given)
     sb.utils.distributed.ddp_init_group(run_opts)
     hparams = load_hyperpyyaml(recipe)

@@ -14,7 +14,6 @@ import importlib
 import json
 import statistics
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +34,7 @@ from speechbrain_jepa.finetuning.data import (
     balanced_weights,
     make_loader,
 )
-from speechbrain_jepa.recipe import resolve_recipe
+from speechbrain_jepa.recipe import parse_arguments, resolve_recipe
 
 logger = get_logger("finetuning")
 
@@ -170,11 +169,7 @@ def summary(results: list[dict]) -> str:
 
 def main(arguments: list[str]) -> list[dict]:
     """All folds of a data set, or the one division that it has."""
-    hparams_file, run_opts, overrides = sb.parse_arguments(arguments)
-    if not torch.cuda.is_available():
-        given = run_opts.overridden_args | {"distributed_backend"}
-        run_opts = replace(run_opts, distributed_backend="gloo", overridden_args=given)
-    given = {name: run_opts[name] for name in run_opts.overridden_args}
+    hparams_file, run_opts, overrides, given = parse_arguments(arguments)
     overrides = YAML().load(overrides) or {}
     sb.utils.distributed.ddp_init_group(run_opts)
     hparams = load_hyperpyyaml(resolve_recipe(hparams_file, overrides, given))

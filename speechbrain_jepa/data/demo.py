@@ -18,6 +18,7 @@ import soundfile
 
 from speechbrain_jepa.data.demo_sounds import PITCHED, SCENES, SOUNDS
 from speechbrain_jepa.data.synthesis import Score, record
+from speechbrain_jepa.data.workers import available_cpus
 from speechbrain_jepa.features import SAMPLE_RATE
 
 VERSION = 1  # of the recipe below: another number makes the corpus anew
@@ -167,11 +168,8 @@ def _write_corpus(folder: Path, stamp: dict, workers: int | None) -> None:
     plan = list(_plan(stamp["clips_per_sound"], np.random.default_rng(stamp["seed"])))
     for split in SPLITS:
         (folder / split).mkdir()
-    if workers is None:
-        affinity = getattr(os, "sched_getaffinity", None)
-        workers = len(affinity(0)) if affinity else os.cpu_count() or 1
     write = partial(_write_clip, folder, stamp["seed"])
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers or available_cpus()) as pool:
         for _ in pool.map(write, range(len(plan)), plan):
             pass
     with open(folder / "meta.csv", "w", newline="", encoding="utf-8") as file:

@@ -6,6 +6,7 @@ from its checkpoint. A run that failed is a row that says so, and is tried again
 
 import csv
 import io
+import json
 import logging
 import re
 import shlex
@@ -242,11 +243,12 @@ def training_of(folder: str | Path) -> dict[str, str]:
     metrics = pd.read_csv(Path(folder) / "metrics.csv")
     train = metrics.dropna(subset=["train_clips_per_second"])
     steps = np.diff(train["step"], prepend=0)
-    description = AudioJEPA(Path(folder) / "pretrained").description["training"]
-    seconds = (steps * description["global_batch"] / train["train_clips_per_second"]).sum()
+    config = (Path(folder) / "pretrained" / "config.json").read_text(encoding="utf-8")
+    global_batch = json.loads(config)["training"]["global_batch"]
+    seconds = (steps * global_batch / train["train_clips_per_second"]).sum()
     return {
         "steps": str(int(metrics["step"].max())),
-        "global_batch": str(description["global_batch"]),
+        "global_batch": str(global_batch),
         "minutes_trained": f"{seconds / 60:.2f}",
         "rank": f"{metrics['valid_embedding_rank'].dropna().iloc[-1]:.0f}",
     }

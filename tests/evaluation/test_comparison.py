@@ -5,7 +5,6 @@ import importlib.util
 import shlex
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -84,16 +83,14 @@ def test_a_run_is_a_row_once_and_a_failure_is_tried_again(
     assert first == second
 
 
-def test_minutes_of_training_are_those_of_the_rows_of_training(tmp_path, monkeypatch):
+def test_minutes_of_training_are_those_of_the_rows_of_training(tmp_path):
     (tmp_path / "metrics.csv").write_text(
         "step,train_clips_per_second,valid_embedding_rank\n"
         "0,,20\n10,32,\n30,16,\n30,,25.4\n"  # 10 steps of 32 at 32 a second, 20 at 16
     )
 
-    described = SimpleNamespace(description={"training": {"global_batch": 32}})
-    monkeypatch.setattr(
-        "speechbrain_jepa.evaluation.comparison.AudioJEPA", lambda folder: described
-    )
+    (tmp_path / "pretrained").mkdir()
+    (tmp_path / "pretrained" / "config.json").write_text('{"training": {"global_batch": 32}}')
     trained = training_of(tmp_path)
     assert trained["steps"] == "30" and trained["rank"] == "25"
     assert float(trained["minutes_trained"]) == pytest.approx((10 + 40) / 60, abs=0.01)
