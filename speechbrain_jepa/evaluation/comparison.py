@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import logging
+import os
 import re
 import shlex
 import subprocess
@@ -123,8 +124,14 @@ class Comparison:
             *(sys.executable, str(self.train), *run.arguments, *data),
             *("--output_folder", str(self.output_folder / run.folder)),
             *("--cache_folder", str(self.output_folder / "scan")),
-            *("--seed", str(run.seed), "--after_training", "null", "--noprogressbar"),
+            *("--seed", str(run.seed), "--after_training", "null", "--report", "False"),
+            "--noprogressbar",
         ]
+
+    def typed(self, run: Run) -> str:
+        """`command` for a reader: python by its name, paths from the current folder."""
+        words = (os.path.relpath(w) if _is_here(w) else w for w in self.command(run)[1:])
+        return shlex.join(["python", *words])
 
     def run(self, runs: Iterable[Run]) -> list[dict[str, str]]:
         """Train and score what is not a row yet, one run after another.
@@ -213,7 +220,7 @@ class Comparison:
         return folder
 
     def _train_and_score(self, run: Run) -> dict[str, str]:
-        row = run.identity | {"command": shlex.join(self.command(run)), "folder": run.folder}
+        row = run.identity | {"command": self.typed(run), "folder": run.folder}
         try:
             folder = self.train_only(run)
         except RuntimeError as error:
@@ -221,6 +228,10 @@ class Comparison:
             return row | {"status": f"failed: {error}"[:200]}
         scores = self.score(embed_with(AudioJEPA(folder / "pretrained")))
         return row | training_of(folder) | {"status": DONE} | scores
+
+
+def _is_here(word: str) -> bool:
+    return os.path.isabs(word) and Path(word).is_relative_to(Path.cwd())
 
 
 def untrained_like(encoder: AudioJEPA, seed: int) -> AudioJEPA:

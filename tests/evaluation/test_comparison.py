@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,7 @@ def tasks(tmp_path_factory):
 def test_a_run_is_a_row_once_and_a_failure_is_tried_again(
     tasks, tmp_path, audio_folder, capfd, monkeypatch
 ):
+    monkeypatch.chdir(ROOT)
     comparison = Comparison(tmp_path / "out", audio_folder, tasks, ROOT / "train.py")
     runs = [
         Run("small", SMALL, 3, {"minutes": "0.1"}),
@@ -75,9 +77,10 @@ def test_a_run_is_a_row_once_and_a_failure_is_tried_again(
     assert started == ["broken"]
     # the row can be had again by its command
     command = shlex.split(good["command"])
+    assert command[:3] == ["python", "train.py", "hparams/quickstart.yaml"]
     again = tmp_path / "again"
     command[command.index("--output_folder") + 1] = str(again)
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run([sys.executable, *command[1:]], check=True, capture_output=True)
     pair = [tmp_path / "out" / good["folder"], again]
     first, second = ((folder / "pretrained/model.safetensors").read_bytes() for folder in pair)
     assert first == second
