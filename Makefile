@@ -9,8 +9,9 @@ RUN = $(VENV)/bin/python
 quickstart: $(VENV)/installed
 	$(RUN) train.py hparams/quickstart.yaml
 
+# Two processes of one thread each: tests are small, and threads of several processes wait for each other
 test: $(VENV)/installed lint docs
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 
 # The tests of the s3prl bridge with the packages s3prl was made for, in an environment of their own.
 # `make test` runs them with today's

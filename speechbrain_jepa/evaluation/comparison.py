@@ -1,7 +1,8 @@
 """Pretraining recipes compared: runs of train.py, scored by the quick probe, in one csv.
 
-A run is a row as soon as it ends. What is a row is not run again, and a run that was killed goes on
-from its checkpoint. A run that failed is a row that says so, and is tried again next time.
+A run is a row as soon as it ends. What is a row is not run again, nor is a run with the arguments
+of one, and a run that was killed goes on from its checkpoint. A run that failed is a row that says
+so, and is tried again next time.
 """
 
 import csv
@@ -117,20 +118,20 @@ class Comparison:
         with open(self.csv, newline="", encoding="utf-8") as file:
             return list(csv.DictReader(file))
 
-    def command(self, run: Run) -> list[str]:
-        """What makes this run again, by itself."""
+    def command(self, run: Run, folder: str | None = None) -> list[str]:
+        """What makes this run again, by itself; in a folder of another name."""
         data = [] if self.data_folder is None else ["--data_folder", str(self.data_folder)]
         return [
             *(sys.executable, str(self.train), *run.arguments, *data),
-            *("--output_folder", str(self.output_folder / run.folder)),
+            *("--output_folder", str(self.output_folder / (folder or run.folder))),
             *("--cache_folder", str(self.output_folder / "scan")),
             *("--seed", str(run.seed), "--after_training", "null", "--report", "False"),
             "--noprogressbar",
         ]
 
-    def typed(self, run: Run) -> str:
+    def typed(self, run: Run, folder: str | None = None) -> str:
         """`command` for a reader: python by its name, paths from the current folder."""
-        words = (os.path.relpath(w) if _is_here(w) else w for w in self.command(run)[1:])
+        words = (os.path.relpath(w) if _is_here(w) else w for w in self.command(run, folder)[1:])
         return shlex.join(["python", *words])
 
     def run(self, runs: Iterable[Run]) -> list[dict[str, str]]:
@@ -146,8 +147,10 @@ class Comparison:
             for run in runs:
                 row = self._row_of(run)
                 if row is None or row["status"] != DONE:
-                    logger.info("pretraining %s", run.identity)
-                    row = self._train_and_score(run)
+                    row = self._same_training(run)
+                    if row is None:
+                        logger.info("pretraining %s", run.identity)
+                        row = self._train_and_score(run)
                     self._add(run, row)
                 wanted.append(row)
         return wanted
@@ -181,6 +184,15 @@ class Comparison:
         for row in self.rows:
             if run.identity.items() <= row.items():
                 return row
+        return None
+
+    def _same_training(self, run: Run) -> dict[str, str] | None:
+        """The row of another question whose run is this one but for its name, under this name."""
+        for row in self.rows:
+            folder = row.get("folder")
+            if row["status"] == DONE and folder and self.typed(run, folder) == row["command"]:
+                measured = {*MEASURED, *self.label_sets, "folder", "command"}
+                return run.identity | {name: row[name] for name in measured & row.keys()}
         return None
 
     def _add(self, run: Run, row: dict[str, str]) -> None:

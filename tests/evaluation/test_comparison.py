@@ -75,6 +75,12 @@ def test_a_run_is_a_row_once_and_a_failure_is_tried_again(
     with pytest.raises(ZeroDivisionError):
         comparison.run(runs)
     assert started == ["broken"]
+    # the same training for another question is not trained again
+    (same,) = comparison.run([Run("other", SMALL, 3, {"duration": "2.1 s"})])
+    assert started == ["broken"] and same["command"] == good["command"]
+    assert same["recipe"] == "other" and "minutes" not in same and same["test"] == good["test"]
+    with pytest.raises(ZeroDivisionError):
+        comparison.run([Run("other", SMALL, 4, {"duration": "2.1 s"})])
     # the row can be had again by its command
     command = shlex.split(good["command"])
     assert command[:3] == ["python", "train.py", "hparams/quickstart.yaml"]
