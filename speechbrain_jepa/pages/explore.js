@@ -166,6 +166,13 @@ function drawLegend() {
 const map = element("map");
 let mapId = data.maps[0].id, selected = null, matches = [];
 const size = Math.max(3, Math.min(9, 200 / Math.sqrt(count)));
+// One pixel of WebGL for each of the screen: plotly takes twice as many each way, and has them smoothed by the
+// browser too, though its points have smooth edges of their own
+const ratio = Math.min(4, Math.max(1, devicePixelRatio));
+const {getContext} = HTMLCanvasElement.prototype;
+HTMLCanvasElement.prototype.getContext = function (kind, options) {
+  return getContext.call(this, kind, {...options, antialias: false});
+};
 
 function points(clips) {
   const places = once(`map-${mapId}`), x = new Float32Array(clips.length), y = new Float32Array(clips.length);
@@ -199,7 +206,7 @@ function drawMap() {
     margin: {l: 0, r: 0, t: 0, b: 0}, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     xaxis: axis, yaxis: {...axis, scaleanchor: "x"}, hovermode: "closest", hoverdistance: 12, dragmode: "pan",
     uirevision: mapId, showlegend: false,
-  }, {scrollZoom: true, displayModeBar: false, responsive: true, doubleClick: "reset"});
+  }, {scrollZoom: true, displayModeBar: false, responsive: true, doubleClick: "reset", plotGlPixelRatio: ratio});
 }
 
 const clipOf = (event) => traceClips[event.points[0].curveNumber][event.points[0].pointIndex];

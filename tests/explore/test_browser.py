@@ -91,6 +91,15 @@ def test_the_page_loads_without_an_error_and_without_the_network(page):
     assert text(page, "count") == f"{CLIPS} clips"
 
 
+def test_webgl_draws_no_more_pixels_than_the_screen_has(page):
+    """Plotly's own canvases have four times as many, each sampled four times over."""
+    drawn, shown, smoothed = page.execute_script(
+        "const c = document.querySelector('.gl-canvas-context'), gl = c.getContext('webgl');"
+        "return [c.width, c.clientWidth * devicePixelRatio, gl.getContextAttributes().antialias]"
+    )
+    assert abs(drawn - shown) <= 1 and smoothed is False
+
+
 def test_points_are_painted_in_the_colours_of_the_legend(page):
     legend = page.execute_script(
         "return [...document.querySelectorAll('#legend button')].map((b) => "
