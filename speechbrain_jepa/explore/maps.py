@@ -69,4 +69,5 @@ def _umap(x: np.ndarray, seed: int) -> np.ndarray:
         raise ModuleNotFoundError(
             "this map needs umap-learn: in a clone, pip install '.[umap]'; or take --map tsne"
         ) from error
-    return UMAP(n_neighbors=min(15, len(x) - 1), random_state=seed).fit_transform(x)
+    # a seed wants one thread, and umap-learn warns where it is not told
+    return UMAP(n_neighbors=min(15, len(x) - 1), random_state=seed, n_jobs=1).fit_transform(x)

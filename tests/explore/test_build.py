@@ -101,8 +101,10 @@ def test_a_sheet_has_each_clip_in_its_tile(collection, tmp_path):
 
 
 @pytest.mark.parametrize("dims", [1, 3, 60])
-@pytest.mark.parametrize("method", ["pca", "tsne"])
+@pytest.mark.parametrize("method", ["pca", "tsne", "umap"])
 def test_maps_keep_groups_together(method, dims):
+    if method == "umap":
+        pytest.importorskip("umap", reason="pip install -e '.[umap]'")
     rng = np.random.default_rng(0)
     group = np.arange(70) % 2
     vectors = (rng.normal(size=(70, dims)) + 12 * group[:, None]).astype(np.float32)
