@@ -1,8 +1,9 @@
 """`enable` and `disable`: plain `python run_downstream.py -u audio_jepa`, in this environment.
 
 `enable` writes one file into site-packages, which Python runs when it starts. It only puts a finder
-into `sys.meta_path`; this package is imported when s3prl is, and only if it is still installed.
-The launcher cannot take its place inside scripts of s3prl that call `python3 run_downstream.py`.
+into `sys.meta_path`; this package is imported when s3prl is, or when a script of s3prl imports
+torchaudio, and only if it is still installed. The launcher cannot take its place inside scripts of
+s3prl that call `python3 run_downstream.py`.
 """
 
 import sysconfig
@@ -10,20 +11,27 @@ from pathlib import Path
 
 FILE = "speechbrain_jepa_s3prl.pth"
 
-# What to do when s3prl is looked for. It is compiled only then: at startup it is a string.
+# What to do when s3prl or torchaudio is looked for. It is compiled only then: at startup it is a
+# string. Scripts import torchaudio first, then what today's packages lack, and then s3prl
 _FIND = """\
 import sys
 from importlib.util import find_spec
-sys.meta_path.remove(hook)
-if find_spec("speechbrain_jepa"):
-    import speechbrain_jepa.s3prl
-spec = find_spec("s3prl")
+from pathlib import Path
+script = any(folder.name == "s3prl" and (folder / "hub.py").is_file()
+    for folder in Path(sys.argv[0]).resolve().parents)
+spec = None
+if script or name == "s3prl":
+    sys.meta_path.remove(hook)
+    if find_spec("speechbrain_jepa"):
+        from speechbrain_jepa.s3prl.registration import install
+        install(torchaudio=script)
+    spec = find_spec(name)
 """
 # The whole file. Of a .pth file, Python runs each line that begins with import.
 _LINE = (
     "import sys; sys.meta_path.insert(0, type('SpeechBrainJEPAForS3PRL', (), {'find_spec': "
-    "lambda hook, name, path=None, target=None: None if name != 's3prl' else "
-    f"exec({_FIND!r}, found := {{'hook': hook}}) or found['spec']}})())\n"
+    "lambda hook, name, path=None, target=None: None if name not in ('s3prl', 'torchaudio') else "
+    f"exec({_FIND!r}, found := {{'hook': hook, 'name': name}}) or found['spec']}})())\n"
 )
 
 

@@ -53,6 +53,19 @@ def test_enable_and_disable(environment, stub):
     assert "was not enabled" in environment.run(*LAUNCHER, "disable").stdout
 
 
+def test_enabled_scripts_of_s3prl_have_what_they_import_before_s3prl(environment, stub, tmp_path):
+    """As espnet-s3prl's run_downstream.py does; other programs are left alone."""
+    environment.run(*LAUNCHER, "enable")
+    script, other = stub / "run_downstream.py", tmp_path / "other.py"
+    lacking = "import torchaudio, huggingface_hub, sys\n"
+    script.write_text(
+        f"{lacking}from huggingface_hub import HfFolder\n{IMPORT_HUB}; torchaudio.info\n"
+    )
+    other.write_text(f"{lacking}assert not [name for name in sys.modules if 'jepa' in name]\n")
+    assert environment.run(script, cwd=tmp_path).stdout.split() == [*ENTRIES]
+    environment.run(other, cwd=tmp_path)
+
+
 def test_an_interpreter_that_starts_imports_nothing_more(environment):
     code = "import sys; print(*sorted(sys.modules))"
     before = environment.run("-c", code).stdout
