@@ -10,6 +10,7 @@ from pathlib import Path
 import huggingface_hub
 import yaml
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from speechbrain_jepa.checkpoints import (
     CARD,
@@ -117,7 +118,7 @@ def contents(folder, repo: str, license: str | None = None) -> dict[str, Path | 
     """
     folder = Path(folder).expanduser()
     try:
-        huggingface_hub.utils.validate_repo_id(repo)
+        validate_repo_id(repo)
     except HFValidationError as error:
         raise ValueError(f"{repo}: cannot name a repo of the Hub ({error})") from error
     if repo.count("/") != 1:

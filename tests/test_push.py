@@ -1,6 +1,7 @@
 """Publishing a folder, to a stand-in for the Hub's client: nothing here asks a network."""
 
 import json
+import subprocess
 import sys
 from types import SimpleNamespace
 from unittest.mock import create_autospec
@@ -136,6 +137,15 @@ def test_a_dry_run_needs_nobody_logged_in_and_publishes_nothing(folder, hub, mon
         "would publish config.json, model.safetensors, hyperparams.yaml, README.md at user/name"
     )
     assert not hub.tokens
+
+
+def test_a_dry_run_by_itself(folder):
+    """In a process in which nothing else has imported parts of huggingface_hub."""
+    options = ["--license", "mit", "--dry-run"]
+    command = [sys.executable, "-m", "speechbrain_jepa.push", folder, "user/name", *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "license: mit" in done.stdout
 
 
 def test_the_encoder_in_the_box_can_be_published():
