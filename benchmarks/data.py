@@ -36,11 +36,11 @@ BATCH = 32
 class WholeFiles(CropDataset):
     """Decodes and resamples all of a file for each crop."""
 
-    def _crops(self, item, randoms):
+    def _crops(self, item, frames, randoms):
         manifest = self.manifest
         segment = (manifest.sample_rate[item], manifest.start[item], manifest.length[item])
         wav = read_segment(Path(self.data_folder, manifest.path(item)), *map(int, segment))
-        samples = crop_samples(self.crop_frames)
+        samples = crop_samples(frames)
         starts = [int(random.integers(len(wav) - samples + 1)) for random in randoms]
         return np.stack([wav[start : start + samples] for start in starts])
 

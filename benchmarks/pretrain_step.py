@@ -6,10 +6,11 @@
 A step is all of it: masks, both encoders, predictor, loss, backward, gradient clip, AdamW, EMA.
 The two steps (`OurStep` below, `reference_step.py`), each in a process of its own, and a matrix
 product take turns, so that whatever else the machine does hits all alike; times are medians of the
-rounds. GFLOP per clip are what FlopCounterMode counts in the reference's step; both rates are taken
-of that same count, so that work we save shows as speed. Ragged masks (multiblock, time) have no
-plain counterpart: there our own step is counted, padding included. Several batch sizes are measured
-one after the other by the same processes.
+rounds, with `--threads 1` on a CPU of the process's own time. GFLOP per clip are what
+FlopCounterMode counts in the reference's step; both rates are taken of that same count, so that
+work we save shows as speed. Ragged masks (multiblock, time) have no plain counterpart: there our
+own step is counted, padding included. Several batch sizes are measured one after the other by the
+same processes.
 """
 
 import argparse
@@ -111,11 +112,14 @@ def count_flops(step, batch) -> int:
 
 
 def seconds(work, device: str) -> float:
-    start = time.perf_counter()
+    """Of the clock; of one thread on a CPU the process's own, which other work leaves alone."""
+    alone = device == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if alone else time.perf_counter
+    start = clock()
     work()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def serve(which: str, args, pipe) -> None:
@@ -255,6 +259,7 @@ def append(path: Path, row: dict) -> None:
 
 def main():
     args = parse_arguments()
+    torch.set_num_threads(args.threads)  # of the product
     names = ["ours", "reference"] if args.strategy == "unstructured" else ["ours"]
     args.counted = names[-1]
     steps = {name: Process(name, args) for name in names}

@@ -243,7 +243,8 @@ class JEPA(nn.Module):
         )
         # .data: the kernel may write to what it takes for gradients, and autograd would believe it
         for target, rest, context in _in_pieces((part.data for part in row) for row in rows):
-            old = [part.clone() for part in target]
+            old = [torch.empty_like(part) for part in target]
+            torch._foreach_copy_(old, target)
             # torch's fused SGD computes buffer <- momentum * buffer + (1 - dampening) * (gradient +
             # weight_decay * parameter); parameter <- parameter - lr * buffer, in one pass:
             # rest <- rest + (1 - rate) * (context - target); target <- target + rest

@@ -44,8 +44,8 @@ def gram_matrix(rows: Tensor) -> Tensor:
 def effective_rank_of_gram(gram: Tensor) -> float:
     """`effective_rank` of the rows whose Gram matrix [D, D] is given, in float64.
 
-    Singular values are the roots of its eigenvalues: a product and a D x D problem, where an SVD of
-    n x D rows takes many times as long.
+    Singular values are the roots of its eigenvalues: a product, which processes can add up, and a
+    D x D problem, where an SVD needs all n x D rows in one place.
     """
     singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     shares = singular / singular.sum().clamp(min=torch.finfo(singular.dtype).tiny)

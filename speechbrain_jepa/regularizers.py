@@ -163,7 +163,6 @@ class SIGReg(Regularizer):
     """
 
     names = ("gaussianity",)
-    step: Tensor
 
     def __init__(
         self, weight: float = 0.1, directions: int = 32, knots: int = 9, limit: float = 5.0
@@ -180,13 +179,21 @@ class SIGReg(Regularizer):
         self.directions = directions
         self.knots = knots
         self.limit = limit
-        # the step's number draws its directions: the same on every process, and after a resume
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        # the step's number draws its directions: the same on every process, and after a resume. On
+        # the host, which would wait for a buffer to be read on a GPU
+        self.step = 0
+
+    def get_extra_state(self) -> Tensor:
+        """Steps drawn for, as part of the state dict."""
+        return torch.tensor(self.step)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.step = int(state)
 
     def terms(self, tokens: Tensor, valid: Tensor | None = None) -> dict[str, Tensor]:
         with torch.autocast(tokens.device.type, enabled=False):
             rows, counted, count = self.rows(tokens, valid)
-            projected = rows @ self._draw_directions(rows.shape[1]).to(rows.device)
+            projected = rows @ self._draw_directions(rows.shape[1], rows.device)
             knots = torch.linspace(0, self.limit, self.knots, device=rows.device)
             normal = torch.exp(-knots.square() / 2)
             angles = projected[..., None] * knots
@@ -197,9 +204,11 @@ class SIGReg(Regularizer):
             statistic = 2 * torch.trapezoid(distance, knots).mean()
             return {"gaussianity": self.weight * statistic}
 
-    def _draw_directions(self, dim: int) -> Tensor:
+    @torch.compiler.disable  # compiled, the step's number would be a constant of the graph
+    def _draw_directions(self, dim: int, device: torch.device) -> Tensor:
         """Unit vectors [D, directions]: new ones at each training step, the last ones otherwise."""
-        generator = torch.Generator().manual_seed(int(self.step))
+        generator = torch.Generator(device).manual_seed(self.step)
         if self.training and torch.is_grad_enabled():
             self.step += 1
-        return F.normalize(torch.randn(dim, self.directions, generator=generator), dim=0)
+        drawn = torch.randn(dim, self.directions, generator=generator, device=device)
+        return F.normalize(drawn, dim=0)

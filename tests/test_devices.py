@@ -30,6 +30,7 @@ from speechbrain_jepa.features import LogMelSpectrogram, Normalization, crop_sam
 from speechbrain_jepa.jepa import JEPA
 from speechbrain_jepa.losses import SmoothL1
 from speechbrain_jepa.masking import MultiBlockMasking, TimeMasking, UnstructuredMasking
+from speechbrain_jepa.regularizers import SIGReg, VarianceCovariance
 from speechbrain_jepa.s3prl.expert import UpstreamExpert
 from speechbrain_jepa.schedules import LinearRamp, WarmupCosine
 from speechbrain_jepa.vit import Encoder, PatchGrid, Predictor
@@ -112,12 +113,13 @@ def test_the_stand_in_notes_what_the_host_waits_for(stand_in, waiting, inference
 # --- pretraining ------------------------------------------------------------------------------
 
 
-def make_brain(tmp_path, strategy, device, precision="fp32", log_interval=100):
+def make_brain(tmp_path, strategy, device, precision="fp32", log_interval=100, regularizer=None):
     torch.manual_seed(0)
     jepa = JEPA(
         Encoder(GRID, dim=24, depth=2, num_heads=3),
         Predictor(GRID, encoder_dim=24, dim=24, depth=2, num_heads=3),
         SmoothL1(),
+        regularizer=regularizer,
     )
     brain = JEPABrain(
         {
@@ -178,8 +180,15 @@ def test_a_pretraining_step_stays_on_its_device(gpu, tmp_path, strategy):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_an_unstructured_step_waits_for_nothing_and_an_interval_once(stand_in, tmp_path, precision):
-    brain = make_brain(tmp_path, UnstructuredMasking, DEVICE, precision, log_interval=3)
+@pytest.mark.parametrize("regularizer", [None, VarianceCovariance, SIGReg])
+def test_an_unstructured_step_waits_for_nothing_and_an_interval_once(
+    stand_in, tmp_path, precision, regularizer
+):
+    brain = make_brain(
+        *(tmp_path, UnstructuredMasking, DEVICE, precision),
+        log_interval=3,
+        regularizer=regularizer and regularizer(),
+    )
     train_one_step(brain)  # the optimiser makes its state
     stand_in.waits.clear()
     train_one_step(brain)

@@ -72,18 +72,8 @@ def detect(hparams, recipe: str, run_opts) -> dict:
     hparams["events"] = {
         name: [table.events[row] for row in table.rows(name)] for name in ("valid", "test")
     }
-    classifier = hparams["classifier"](labels=table.labels)
-    hparams["checkpointer"].add_recoverable("classifier", classifier)
-    brain = EventBrain(
-        {"classifier": classifier},
-        hparams["opt_class"],
-        hparams,
-        run_opts,
-        hparams["checkpointer"],
-    )
-    if not hparams["encoder"].is_fitted and hparams["checkpointer"].find_checkpoint() is None:
-        hparams["encoder"].fit_normalization(loaders["train"].dataset.files)
-
+    train_files = loaders["train"].dataset.files
+    brain = EventBrain.of_recipe(hparams, run_opts, table.labels, train_files)
     brain.fit(hparams["epoch_counter"], loaders["train"], loaders["valid"])
     brain.on_evaluate_start(max_key="score")
     brain.tune(loaders["valid"])
@@ -93,8 +83,8 @@ def detect(hparams, recipe: str, run_opts) -> dict:
         "test": brain.test_scores,
         "valid": {"best_event_f1": brain.best_score},
         "epoch": brain.best_epoch,
-        "step_seconds": classifier.encoder.step_seconds,
-        "thresholds": dict(zip(table.labels, classifier.decoding.thresholds)),
+        "step_seconds": brain.classifier.encoder.step_seconds,
+        "thresholds": dict(zip(table.labels, brain.classifier.decoding.thresholds)),
         "clips": {name: len(table.rows(name)) for name in SPLITS},
     }
     finish(hparams, brain, results, [table.names[row] for row in table.rows("test")])

@@ -106,18 +106,8 @@ def finetune(hparams, recipe: str, run_opts, clips: LabelledClips, rows: Rows) -
 
     loaders = make_loaders(hparams, clips, rows)
     hparams["skipped_files"] = SkippedFiles(output_folder / "skipped.csv")
-    classifier = hparams["classifier"](labels=clips.classes)
-    hparams["checkpointer"].add_recoverable("classifier", classifier)
-    brain = FinetuningBrain(
-        {"classifier": classifier},
-        hparams["opt_class"],
-        hparams,
-        run_opts,
-        hparams["checkpointer"],
-    )
-    if not hparams["encoder"].is_fitted and hparams["checkpointer"].find_checkpoint() is None:
-        hparams["encoder"].fit_normalization(loaders["train"].dataset.files)
-
+    train_files = loaders["train"].dataset.files
+    brain = FinetuningBrain.of_recipe(hparams, run_opts, clips.classes, train_files)
     brain.fit(hparams["epoch_counter"], loaders["train"], loaders["valid"])
     brain.evaluate(loaders["test"], max_key="score")
     results = {

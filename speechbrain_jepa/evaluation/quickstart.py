@@ -9,12 +9,12 @@ import torch
 
 from speechbrain_jepa.data import CropDataset, make_demo_corpus
 from speechbrain_jepa.encoder import AudioJEPA
+from speechbrain_jepa.evaluation.comparison import untrained_like
 from speechbrain_jepa.evaluation.online_probe import embed_with
 from speechbrain_jepa.evaluation.pictures import draw_curves, draw_masks
 from speechbrain_jepa.evaluation.quick_probe import ProbeTable, quick_probe
 from speechbrain_jepa.files import whole_file
 from speechbrain_jepa.masking import MultiBlockMasking, TimeMasking, UnstructuredMasking
-from speechbrain_jepa.vit import Encoder
 
 UNTRAINED_ENCODERS = 3  # other initialisations of the same architecture
 
@@ -64,29 +64,17 @@ def probe_run(hparams: dict, pretrained: Path, labelled: str | Path) -> ProbeTab
     ProbeTable
     """
     seeds = (hparams["seed"] + 1000 * number for number in range(UNTRAINED_ENCODERS))
-    trained = AudioJEPA(pretrained)
-    read_out = trained.read_out.describe()
-    untrained = [
-        AudioJEPA((_untrained(hparams, s), trained.normalization, trained.features), **read_out)
-        for s in seeds
-    ]
+    untrained = [untrained_like(AudioJEPA(pretrained), seed) for seed in seeds]
     table = quick_probe(
         labelled,
         {
             "untrained": [embed_with(encoder) for encoder in untrained],
-            "trained": [embed_with(trained)],
+            "trained": [embed_with(AudioJEPA(pretrained))],
         },
     )
     with whole_file(Path(hparams["output_folder"]) / "probe.csv") as partial:
         table.accuracy.to_csv(partial)
     return table
-
-
-def _untrained(hparams, seed: int) -> Encoder:
-    """An encoder as the trained one was at the start."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return Encoder(hparams["grid"], **hparams["encoder"].config)
 
 
 def draw_strategies(hparams: dict, path: Path) -> Path:

@@ -57,6 +57,30 @@ class FinetuningBrain(sb.Brain):
 
     # Before the loop
 
+    @classmethod
+    def of_recipe(cls, hparams: dict, run_opts: dict, labels, train_files):
+        """The brain of a recipe, with a classifier of these labels that its checkpoints hold.
+
+        An encoder whose normalisation has yet to be measured does so on the training files, unless
+        there is a checkpoint to go on from.
+
+        Arguments
+        ---------
+        hparams : dict
+            With `classifier` (called with `labels`), `encoder`, `opt_class`, `checkpointer`, and
+            what the class reads.
+        run_opts : dict
+        labels : sequence of str
+        train_files : sequence of str or Path
+        """
+        classifier, checkpointer = hparams["classifier"](labels=labels), hparams["checkpointer"]
+        checkpointer.add_recoverable("classifier", classifier)
+        modules = {"classifier": classifier}
+        brain = cls(modules, hparams["opt_class"], hparams, run_opts, checkpointer)
+        if not hparams["encoder"].is_fitted and checkpointer.find_checkpoint() is None:
+            hparams["encoder"].fit_normalization(train_files)
+        return brain
+
     def fit(self, epoch_counter, train_set, valid_set=None, **kwargs):
         """SpeechBrain's `fit`; both sets are loaders."""
         steps_per_epoch = len(train_set) // self.grad_accumulation_factor
