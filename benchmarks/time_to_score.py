@@ -98,9 +98,12 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
         mean, deviation = seeds.mean(), seeds.std().fillna(0.0)
         axes.errorbar(mean.index, mean, yerr=deviation, marker="o", capsize=3, label=name)
     axes.set_xscale("log")
+    budgets = sorted(runs["minutes"].astype(float).unique())
+    axes.set_xticks(budgets, [f"{minutes:g}" for minutes in budgets])
+    axes.minorticks_off()
     axes.set_xlabel("minutes of pretraining")
     axes.set_ylabel("test accuracy, mean over the tasks, %")
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside upper center", ncols=3)
     figure.savefig(path, dpi=150)
 
 
