@@ -147,10 +147,7 @@ class Comparison:
             for run in runs:
                 row = self._row_of(run)
                 if row is None or row["status"] != DONE:
-                    row = self._same_training(run)
-                    if row is None:
-                        logger.info("pretraining %s", run.identity)
-                        row = self._train_and_score(run)
+                    row = self._same_training(run) or self._train_and_score(run)
                     self._add(run, row)
                 wanted.append(row)
         return wanted
@@ -232,6 +229,7 @@ class Comparison:
         return folder
 
     def _train_and_score(self, run: Run) -> dict[str, str]:
+        logger.info("pretraining %s", run.identity)
         row = run.identity | {"command": self.typed(run), "folder": run.folder}
         try:
             folder = self.train_only(run)
