@@ -1,8 +1,9 @@
 """Pretraining recipes compared: runs of train.py, scored by the quick probe, in one csv.
 
 A run is a row as soon as it ends. What is a row is not run again, nor is a run with the arguments
-of one, and a run that was killed goes on from its checkpoint. A run that failed is a row that says
-so, and is tried again next time.
+of one; one that differs from a row in its read-out alone is scored anew, and not trained. A run
+that was killed goes on from its checkpoint. A run that failed is a row that says so, and is tried
+again next time.
 """
 
 import csv
@@ -15,12 +16,13 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+import yaml
 
 from speechbrain_jepa.encoder import AudioJEPA
 from speechbrain_jepa.evaluation.logmel import logmel_statistics
@@ -40,6 +42,7 @@ SPLITS = ("valid", "test")
 LOG_MEL = "log-mel statistics"
 UNTRAINED = "untrained"
 DONE = "done"
+READ_OUT = {"--embedding_layers": "layers", "--embedding_pooling": "pooling"}  # of AudioJEPA
 MEASURED = ("steps", "global_batch", "minutes_trained", "rank", "status", *SPLITS)
 
 
@@ -73,6 +76,19 @@ class Run:
     def folder(self) -> str:
         """Its folder's name."""
         return re.sub(r"[^\w.-]+", "_", "-".join(self.identity.values()))
+
+    @property
+    def read_out(self) -> dict[str, object]:
+        """What of `AudioJEPA` the embedding is taken from, where the arguments say so."""
+        pairs = zip(self.arguments[1::2], self.arguments[2::2])
+        return {READ_OUT[flag]: yaml.safe_load(value) for flag, value in pairs if flag in READ_OUT}
+
+    @property
+    def training(self) -> "Run":
+        """This run with the read-out of its yaml."""
+        pairs = zip(self.arguments[1::2], self.arguments[2::2])
+        kept = (word for pair in pairs if pair[0] not in READ_OUT for word in pair)
+        return replace(self, arguments=(self.arguments[0], *kept))
 
 
 class Comparison:
@@ -147,7 +163,11 @@ class Comparison:
             for run in runs:
                 row = self._row_of(run)
                 if row is None or row["status"] != DONE:
-                    row = self._same_training(run) or self._train_and_score(run)
+                    row = (
+                        self._same_training(run)
+                        or self._other_read_out(run)
+                        or self._train_and_score(run)
+                    )
                     self._add(run, row)
                 wanted.append(row)
         return wanted
@@ -191,6 +211,18 @@ class Comparison:
                 measured = {*MEASURED, *self.label_sets, "folder", "command"}
                 return run.identity | {name: row[name] for name in measured & row.keys()}
         return None
+
+    def _other_read_out(self, run: Run) -> dict[str, str] | None:
+        """What a row has trained, read out as this run says."""
+        row = self._same_training(run.training) if run.read_out else None
+        if row is None:
+            return None
+        trained = self.output_folder / row["folder"] / "pretrained"
+        if not trained.is_dir():
+            return None
+        logger.info("reading %s out as %s", row["folder"], run.identity)
+        scores = self.score(embed_with(AudioJEPA(trained, **run.read_out)))
+        return row | {"command": self.typed(run)} | scores
 
     def _add(self, run: Run, row: dict[str, str]) -> None:
         rows = [old for old in self.rows if not run.identity.items() <= old.items()] + [row]
