@@ -2,15 +2,19 @@
 
     python benchmarks/step_kernels.py
 
-ViT-Base's layers at an eighth of their width, in bf16, with scaled_dot_product_attention, on a CPU:
-the numbers depend on neither. A GPU launches a kernel for each, a few for those of many tensors
-("_foreach", "_fused"). Views are left out.
+Counted on ViT-Base's layers at an eighth of their width, in bf16, with sdpa
+on a CPU: the numbers depend on neither. A GPU launches a kernel for each, a few for those of many
+tensors ("_foreach", "_fused"). Views are left out.
 """
 
+import argparse
+import time
 from collections import Counter
+from unittest import mock
 
+import numpy as np
 import torch
-from pretrain_step import STRATEGIES, OurStep
+from pretrain_step import SIZES, STRATEGIES, OurStep
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from speechbrain_jepa.vit import PatchGrid
@@ -54,7 +58,21 @@ class Counted(TorchDispatchMode):
         return "other copies" if name in ("clone", "copy_", "cat", "stack") else "the rest"
 
 
+def one_by_one():
+    """While it is entered, layers cast each weight by itself (before), as compiled code does."""
+    return mock.patch.object(torch.compiler, "is_compiling", lambda: True)
+
+
+def cpu_seconds(step, spectrogram) -> float:
+    start = time.process_time()
+    step(spectrogram)
+    return time.process_time() - start
+
+
 def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--pairs", type=int, default=31, help="of timed steps; 0: count alone")
+    pairs = parser.parse_args().pairs
     torch.manual_seed(0)
     torch.set_num_threads(1)
     grid = PatchGrid()
@@ -62,12 +80,29 @@ def main():
     step = OurStep(grid, ENCODER, PREDICTOR, masking, "cpu", torch.bfloat16)
     spectrogram = torch.randn(4, grid.bands, grid.frames)
     step(spectrogram)  # the optimiser makes its state
-    with Counted(step.jepa.parameters()) as counted:
+    with one_by_one(), Counted(step.jepa.parameters()) as before:
         step(spectrogram)
-    total = counted.kinds.total()
-    print("| operations of a step | number | share |\n|---|---|---|")
-    for kind, number in [*counted.kinds.most_common(), ("all", total)]:
-        print(f"| {kind} | {number} | {100 * number / total:.0f} % |")
+    with Counted(step.jepa.parameters()) as after:
+        step(spectrogram)
+    print("| operations of a step | weights cast one by one | a layer's together |\n|---|---|---|")
+    for kind in after.kinds | before.kinds:
+        print(f"| {kind} | {before.kinds[kind]} | {after.kinds[kind]} |")
+    print(f"| all | {before.kinds.total()} | {after.kinds.total()} |")
+    if not pairs:
+        return
+    print("\n| layers of | clips | CPU time together / one by one: median of pairs | quartiles |")
+    print("|---|---|---|---|")
+    for size, clips in (("tiny", 4), ("tiny", 32), ("base", 4)):
+        step = OurStep(grid, *SIZES[size], masking, "cpu", torch.bfloat16)
+        spectrogram = torch.randn(clips, grid.bands, grid.frames)
+        step(spectrogram)
+        ratios = []
+        for _ in range(pairs):
+            together = cpu_seconds(step, spectrogram)
+            with one_by_one():
+                ratios.append(together / cpu_seconds(step, spectrogram))
+        low, median, high = np.quantile(ratios, (0.25, 0.5, 0.75))
+        print(f"| ViT-{size.title()} | {clips} | {median:.2f} | {low:.2f} to {high:.2f} |")
 
 
 if __name__ == "__main__":

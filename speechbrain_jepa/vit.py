@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speechbrain_jepa.attention import Packing, Rows, check_attention
-from speechbrain_jepa.cpu import layer_norm
+from speechbrain_jepa.casts import LayerNorm, Linear, cast_together, parameters_for
 from speechbrain_jepa.patches import PatchGrid, first_columns, sincos_positions
 
 
@@ -17,21 +17,6 @@ def _working_dtype(x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return torch.float32
-
-
-class Linear(nn.Linear):
-    """A linear layer that works in the dtype of its input, whatever its parameters are kept in."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
-
-
-class LayerNorm(nn.LayerNorm):
-    """Layer norm that works in the dtype of its input (its sums are float32 all the same)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return layer_norm(x, weight, bias, self.eps)
 
 
 class Attention(nn.Module):
@@ -58,6 +43,7 @@ class Block(nn.Module):
         self.attn = Attention(dim, num_heads)
         self.norm2 = LayerNorm(dim, eps=norm_eps)
         self.mlp = MLP(dim, round(dim * mlp_ratio))
+        self.layers = [m for m in self.modules() if isinstance(m, Linear | LayerNorm)]
 
     def forward(
         self, x: Tensor, rows: Rows, keep: int | None = None, memory: Tensor | None = None
@@ -67,6 +53,12 @@ class Block(nn.Module):
         With `memory`, which is in the layout of `rows`, tokens [B, Q, D] that attend to it and not
         to each other.
         """
+        if torch.compiler.is_compiling():  # it fuses casts with what uses them
+            return self._forward(x, rows, keep, memory)
+        with cast_together(self.layers, x.dtype):
+            return self._forward(x, rows, keep, memory)
+
+    def _forward(self, x: Tensor, rows: Rows, keep: int | None, memory: Tensor | None) -> Tensor:
         if memory is not None:
             return self._across(x, memory, rows)
         attended = rows.attend(self.attn.qkv(self.norm1(x)), self.attn.num_heads)
@@ -76,7 +68,7 @@ class Block(nn.Module):
 
     def _across(self, x: Tensor, memory: Tensor, rows: Rows) -> Tensor:
         dim = x.shape[-1]
-        weight, bias = self.attn.qkv.weight.to(x.dtype), self.attn.qkv.bias.to(x.dtype)
+        weight, bias = parameters_for(self.attn.qkv, x)
         queries = F.linear(self.norm1(x), weight[:dim], bias[:dim])
         keys_values = F.linear(self.norm1(memory), weight[dim:], bias[dim:])
         return self._leave(x, rows.attend_from(queries, keys_values, self.attn.num_heads))
