@@ -3,24 +3,26 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
+# Two processes of one thread each: tests are small, and threads of several processes wait for each other
+PYTEST = -m pytest -n 2 --dist loadfile
 
 .PHONY: quickstart test test-s3prl test-espnet-s3prl lint docs wheel clean
 
 quickstart: $(VENV)/installed
 	$(RUN) train.py hparams/quickstart.yaml
 
-# Two processes of one thread each: tests are small, and threads of several processes wait for each other
 test: $(VENV)/installed lint docs
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN) $(PYTEST)
 
 # The tests of the s3prl bridge with the packages s3prl was made for, in an environment of their own.
 # `make test` runs them with today's
 test-s3prl: $(VENV)/s3prl/installed
-	$(VENV)/s3prl/bin/python -m pytest tests/s3prl
+	OMP_NUM_THREADS=1 $(VENV)/s3prl/bin/python $(PYTEST) tests/s3prl
 
 # The same bridge on the maintained fork, with the dependencies of $(VENV)
 test-espnet-s3prl: $(VENV)/espnet-s3prl/installed
-	$(VENV)/espnet-s3prl/bin/python -m pytest tests/s3prl/test_upstream.py tests/s3prl/test_emotion.py
+	OMP_NUM_THREADS=1 $(VENV)/espnet-s3prl/bin/python $(PYTEST) \
+		tests/s3prl/test_upstream.py tests/s3prl/test_emotion.py
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
