@@ -32,13 +32,18 @@ from speechbrain_jepa.files import write_text
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "hparams" / "quickstart.yaml")
-BANDS = ("--n_mels", "128", "--patch_frequency", "32")
+PLAIN = ("--regularizer", "null")
+LAST_LAYER = ("--embedding_layers", "last", "--embedding_pooling", "mean")
+SHORT_WINDOWS = ("--n_fft", "400", "--n_mels", "80", "--patch_frequency", "16")
 RECIPES = {
     "quickstart": (QUICKSTART,),
-    "plain": (QUICKSTART, "--regularizer", "null"),
-    "read_all": (QUICKSTART, "--embedding_layers", "all", "--embedding_pooling", "mean_std"),
-    "windows_of_64_ms": (QUICKSTART, "--n_fft", "1024", *BANDS),
-    "windows_of_128_ms": (QUICKSTART, "--n_fft", "2048", *BANDS),
+    "plain": (QUICKSTART, *PLAIN),
+    "last_layer": (QUICKSTART, *LAST_LAYER),
+    "windows_of_25_ms": (QUICKSTART, *SHORT_WINDOWS),
+    "windows_of_128_ms": (QUICKSTART, "--n_fft", "2048"),
+    # features and read-out of the paper, with the regulariser and without
+    "paper_regularized": (QUICKSTART, *SHORT_WINDOWS, *LAST_LAYER),
+    "paper": (QUICKSTART, *PLAIN, *SHORT_WINDOWS, *LAST_LAYER),
     "latent": (QUICKSTART, "--target_masking", "latent"),
     "all_target_layers": (QUICKSTART, "--target_layers", "all"),
     "many_masks": (

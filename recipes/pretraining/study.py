@@ -21,6 +21,11 @@ from speechbrain_jepa.files import write_text
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = str(ROOT / "hparams" / "quickstart.yaml")
+# features and read-out of the paper
+PAPER = (
+    *("--n_fft", "400", "--n_mels", "80", "--patch_frequency", "16"),
+    *("--embedding_layers", "last", "--embedding_pooling", "mean"),
+)
 STRATEGIES = {
     "unstructured": (),
     "multi-block": (
@@ -96,7 +101,7 @@ def main(arguments=None) -> None:
         for question, found in rows.items():
             for keys, choices in QUESTIONS[question]():
                 limit = ("--optimizer_step_limit", str(options.steps), *options.overrides)
-                run = Run(question, (QUICKSTART, *choices, *limit), seed, keys)
+                run = Run(question, (QUICKSTART, *PAPER, *choices, *limit), seed, keys)
                 found += comparison.run([run])
     done = [row for found in rows.values() for row in found if row["status"] == DONE]
     columns = [*SPLITS, *comparison.label_sets]
