@@ -2,9 +2,9 @@
 
     python benchmarks/step_kernels.py
 
-Counted on ViT-Base's layers at an eighth of their width, in bf16, with sdpa
-on a CPU: the numbers depend on neither. A GPU launches a kernel for each, a few for those of many
-tensors ("_foreach", "_fused"). Views are left out.
+Counted on ViT-Base's layers at an eighth of their width, in bf16, with sdpa, on a CPU: the numbers
+depend on neither. A GPU launches a kernel for each, a few for those of many tensors ("_foreach",
+"_fused"). Views are left out.
 """
 
 import argparse

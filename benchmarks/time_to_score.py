@@ -21,6 +21,8 @@ from matplotlib.figure import Figure
 from speechbrain_jepa.evaluation.comparison import (
     DONE,
     LOG_MEL,
+    PAPER_FEATURES,
+    PAPER_READ_OUT,
     SPLITS,
     UNTRAINED,
     Comparison,
@@ -33,17 +35,15 @@ from speechbrain_jepa.files import write_text
 ROOT = Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "hparams" / "quickstart.yaml")
 PLAIN = ("--regularizer", "null")
-LAST_LAYER = ("--embedding_layers", "last", "--embedding_pooling", "mean")
-SHORT_WINDOWS = ("--n_fft", "400", "--n_mels", "80", "--patch_frequency", "16")
 RECIPES = {
     "quickstart": (QUICKSTART,),
     "plain": (QUICKSTART, *PLAIN),
-    "last_layer": (QUICKSTART, *LAST_LAYER),
-    "windows_of_25_ms": (QUICKSTART, *SHORT_WINDOWS),
+    "last_layer": (QUICKSTART, *PAPER_READ_OUT),
+    "windows_of_25_ms": (QUICKSTART, *PAPER_FEATURES),
     "windows_of_128_ms": (QUICKSTART, "--n_fft", "2048"),
     # features and read-out of the paper, with the regulariser and without
-    "paper_regularized": (QUICKSTART, *SHORT_WINDOWS, *LAST_LAYER),
-    "paper": (QUICKSTART, *PLAIN, *SHORT_WINDOWS, *LAST_LAYER),
+    "paper_regularized": (QUICKSTART, *PAPER_FEATURES, *PAPER_READ_OUT),
+    "paper": (QUICKSTART, *PLAIN, *PAPER_FEATURES, *PAPER_READ_OUT),
     "latent": (QUICKSTART, "--target_masking", "latent"),
     "all_target_layers": (QUICKSTART, "--target_layers", "all"),
     "many_masks": (

@@ -16,16 +16,20 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from speechbrain_jepa.evaluation.comparison import DONE, SPLITS, Comparison, Run, table_of
+from speechbrain_jepa.evaluation.comparison import (
+    DONE,
+    PAPER_FEATURES,
+    PAPER_READ_OUT,
+    SPLITS,
+    Comparison,
+    Run,
+    table_of,
+)
 from speechbrain_jepa.files import write_text
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = str(ROOT / "hparams" / "quickstart.yaml")
-# features and read-out of the paper
-PAPER = (
-    *("--n_fft", "400", "--n_mels", "80", "--patch_frequency", "16"),
-    *("--embedding_layers", "last", "--embedding_pooling", "mean"),
-)
+PAPER = (*PAPER_FEATURES, *PAPER_READ_OUT)
 STRATEGIES = {
     "unstructured": (),
     "multi-block": (

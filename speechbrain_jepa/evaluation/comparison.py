@@ -42,6 +42,9 @@ SPLITS = ("valid", "test")
 LOG_MEL = "log-mel statistics"
 UNTRAINED = "untrained"
 DONE = "done"
+# what the paper has otherwise than the quickstart, as told to train.py
+PAPER_FEATURES = ("--n_fft", "400", "--n_mels", "80", "--patch_frequency", "16")
+PAPER_READ_OUT = ("--embedding_layers", "last", "--embedding_pooling", "mean")
 READ_OUT = {"--embedding_layers": "layers", "--embedding_pooling": "pooling"}  # of AudioJEPA
 MEASURED = ("steps", "global_batch", "minutes_trained", "rank", "status", *SPLITS)
 
@@ -78,16 +81,22 @@ class Run:
         return re.sub(r"[^\w.-]+", "_", "-".join(self.identity.values()))
 
     @property
+    def _overrides(self) -> list[tuple[str, str]]:
+        return list(zip(self.arguments[1::2], self.arguments[2::2]))
+
+    @property
     def read_out(self) -> dict[str, object]:
         """What of `AudioJEPA` the embedding is taken from, where the arguments say so."""
-        pairs = zip(self.arguments[1::2], self.arguments[2::2])
-        return {READ_OUT[flag]: yaml.safe_load(value) for flag, value in pairs if flag in READ_OUT}
+        return {
+            READ_OUT[flag]: yaml.safe_load(value)
+            for flag, value in self._overrides
+            if flag in READ_OUT
+        }
 
     @property
     def training(self) -> "Run":
         """This run with the read-out of its yaml."""
-        pairs = zip(self.arguments[1::2], self.arguments[2::2])
-        kept = (word for pair in pairs if pair[0] not in READ_OUT for word in pair)
+        kept = (word for pair in self._overrides if pair[0] not in READ_OUT for word in pair)
         return replace(self, arguments=(self.arguments[0], *kept))
 
 
