@@ -3,8 +3,15 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
+comma := ,
 # Two processes of one thread each: tests are small, and threads of several processes wait for each other
 PYTEST = -m pytest -n 2 --dist loadfile
+# install, with the Python of an environment and what to install: uv takes half of pip's time. It does
+# not read pip.conf: where that names the only index, pip goes on
+define install
+	$(1) -m pip install --quiet uv
+	$(1) -m uv pip install --quiet $(2) || $(1) -m pip install --quiet $(2)
+endef
 
 .PHONY: quickstart test test-s3prl test-espnet-s3prl lint docs wheel clean
 
@@ -49,13 +56,13 @@ $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(None if (3, 10) <= sys.version_info < (3, 13) else \
 		"Python 3.10 to 3.12 is needed, this is %d.%d: make PYTHON=python3.11 ..." % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --editable '.[dev]'
-	$(RUN) -m pip install --quiet --no-deps heareval==2021.1.3
+	$(call install,$(RUN),--editable '.[dev]')
+	$(call install,$(RUN),--no-deps heareval==2021.1.3)
 	touch $@
 
 $(VENV)/s3prl/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --editable '.[s3prl,superb,test]'
+	$(call install,$(@D)/bin/python,--editable '.[s3prl$(comma)superb$(comma)test]')
 	touch $@
 
 $(VENV)/espnet-s3prl/installed: $(VENV)/installed
