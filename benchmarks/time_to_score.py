@@ -57,6 +57,9 @@ RECIPES = {
     "augmented": (QUICKSTART, "--mix_background", "0.3", "--random_gain_db", "6"),
     "eight_layers": (QUICKSTART, "--encoder_depth", "8"),
     "narrow_patches": (QUICKSTART, "--patch_time", "8"),
+    "eight_bands": (QUICKSTART, "--patch_frequency", "16"),
+    "five_bands": (QUICKSTART, "--n_mels", "80", "--patch_frequency", "16"),
+    "double_rate": (QUICKSTART, "--base_learning_rate", "0.016"),
 }
 CALIBRATION_STEPS = 60  # enough for three log intervals, of which the first is not used
 
