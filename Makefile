@@ -6,8 +6,8 @@ RUN = $(VENV)/bin/python
 comma := ,
 # Two processes of one thread each: tests are small, and threads of several processes wait for each other
 PYTEST = -m pytest -n 2 --dist loadfile
-# install, with the Python of an environment and what to install: uv takes half of pip's time. It does
-# not read pip.conf: where that names the only index, pip goes on
+# A whole environment, with its Python and what to install: uv takes half of pip's time. It does not
+# read pip.conf: where that names the only index, pip goes on
 define install
 	$(1) -m pip install --quiet uv
 	$(1) -m uv pip install --quiet $(2) || $(1) -m pip install --quiet $(2)
@@ -57,7 +57,7 @@ $(VENV)/installed: setup.cfg pyproject.toml
 		"Python 3.10 to 3.12 is needed, this is %d.%d: make PYTHON=python3.11 ..." % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(call install,$(RUN),--editable '.[dev]')
-	$(call install,$(RUN),--no-deps heareval==2021.1.3)
+	$(RUN) -m pip install --quiet --no-deps heareval==2021.1.3
 	touch $@
 
 $(VENV)/s3prl/installed: setup.cfg pyproject.toml
