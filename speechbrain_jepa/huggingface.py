@@ -73,7 +73,7 @@ class AudioJEPAModel(PreTrainedModel):
     >>> model = AutoModel.from_pretrained(packaged_encoders()["tiny"])
     >>> out = model(torch.randn(2, 16_000))
     >>> out.last_hidden_state.shape, out.pooler_output.shape
-    (torch.Size([2, 7, 960]), torch.Size([2, 13440]))
+    (torch.Size([2, 13, 768]), torch.Size([2, 10752]))
     """
 
     config_class = AudioJEPAConfig
