@@ -99,6 +99,7 @@ SpeechBrain:
 
 ```python
 from speechbrain.inference.encoders import WaveformEncoder
+
 encoder = WaveformEncoder.from_hparams(source="FOLDER")
 embeddings = encoder.encode_file("audio.wav")  # [1, time steps, dims]
 ```
@@ -115,6 +116,7 @@ PyTorch:
 
 ```python
 from speechbrain_jepa import AudioJEPA
+
 encoder = AudioJEPA("FOLDER")
 embedding = encoder.embed(wav)  # [B, samples] at 16 kHz to [B, dims]
 ```
