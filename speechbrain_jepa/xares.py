@@ -58,8 +58,8 @@ class AudioJEPAEncoder(AudioJEPA):
     >>> import torch
     >>> encoder = AudioJEPAEncoder()
     >>> steps = encoder(torch.randn(2, 50_000))
-    >>> steps.shape == (2, 20, encoder.output_dim), encoder.hop_size_in_ms
-    (True, 160.0)
+    >>> steps.shape == (2, 40, encoder.output_dim), encoder.hop_size_in_ms
+    (True, 80.0)
     """
 
     def __init__(self):
