@@ -5,7 +5,7 @@
 Small encoders (the quickstart's) trained for --steps steps, every choice with every seed:
 
 - strategies: three masking strategies x two domains of target masking x plain and regularised
-- durations: crops of 2.1, 3.2 and 6.4 s
+- durations: crops of 2.1, 3.2 and 6.4 s, and of several in one run
 - ema: EMA rates at the start x plain, VarianceCovariance, SIGReg (docs/collapse.md)
 
 One csv, a row a run, and a table for each question. Started again, it goes on.
@@ -48,6 +48,8 @@ DURATIONS = {
     "2.1 s": (),
     "3.2 s": ("--crop_frames", "320"),
     "6.4 s": ("--crop_frames", "640"),
+    # one encoder on all of them: batches of the longest's tokens
+    "1.1, 2.1 and 6.4 s": ("--crop_frames", "640", "--mixed_frames", "[112, 208, 640]"),
 }
 EMA_RATES = {
     "0": ("--ema_start", "0", "--ema_end", "0"),
