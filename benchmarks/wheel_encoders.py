@@ -368,25 +368,18 @@ def features_of(wheel: Wheel, clips: Path, folder: Path) -> np.ndarray:
 
 def ours(encoder: str, clips: Path, seeds: int) -> dict[str, list[np.ndarray]]:
     """Log-mel statistics, the encoder untrained with several seeds, and as it is."""
-    import torch
-
     from speechbrain_jepa import AudioJEPA
+    from speechbrain_jepa.evaluation.comparison import untrained_like
     from speechbrain_jepa.evaluation.logmel import logmel_statistics
     from speechbrain_jepa.evaluation.online_probe import embed_with
-    from speechbrain_jepa.vit import Encoder
 
     offsets = json.loads((clips / "offsets.json").read_text())
     wavs = np.load(clips / "wavs.npy")
-    trained = AudioJEPA(encoder)
-    untrained = []
-    for seed in range(seeds):
-        torch.manual_seed(seed)
-        fresh = Encoder(trained.encoder.grid, **trained.encoder.config)
-        untrained.append(AudioJEPA((fresh, trained.normalization)))
+    untrained = [untrained_like(AudioJEPA(encoder), seed) for seed in range(seeds)]
     rows = {
         "log-mel mean and deviation": [logmel_statistics],
         "untrained": [embed_with(model) for model in untrained],
-        f"AudioJEPA({encoder!r})": [embed_with(trained)],
+        f"AudioJEPA({encoder!r})": [embed_with(AudioJEPA(encoder))],
     }
     features: dict[str, list[list[np.ndarray]]] = {
         name: [[] for _ in e] for name, e in rows.items()

@@ -1,7 +1,6 @@
 """Runs are trained, scored and kept; a failure is a row; a row can be had again by its command."""
 
 import csv
-import importlib.util
 import shlex
 import subprocess
 import sys
@@ -9,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 from hyperpyyaml import load_hyperpyyaml
+from scripts import load_script
 
 from speechbrain_jepa.encoder import AudioJEPA
 from speechbrain_jepa.evaluation.comparison import (
@@ -29,29 +28,6 @@ SMALL = (
     *("--predictor_dim", "24", "--predictor_depth", "1", "--batch_size", "4", "--norm_crops", "8"),
     *("--num_workers", "0", "--log_interval", "1", "--optimizer_step_limit", "2"),
 )
-
-
-def load_script(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def tasks(tmp_path_factory):
-    """Noise of two colours and three splits; valid has labels that are the other way round."""
-    folder = tmp_path_factory.mktemp("tasks")
-    rng = np.random.default_rng(0)
-    rows = ["file,split,label"]
-    for number in range(24):
-        noise = rng.normal(0, 0.1, 8_000)
-        low = number % 2
-        soundfile.write(folder / f"{number}.wav", noise.cumsum() / 50 if low else noise, 16_000)
-        split = ("train", "train", "valid", "test")[number // 2 % 4]
-        rows.append(f"{number}.wav,{split},{'high' if bool(low) == (split == 'valid') else 'low'}")
-    (folder / "meta.csv").write_text("\n".join(rows))
-    return folder
 
 
 def test_a_run_is_a_row_once_and_a_failure_is_tried_again(
@@ -197,8 +173,9 @@ def test_every_cell_of_the_study_is_a_recipe_that_the_yaml_takes():
             masking = type(hparams["masking"]).__name__
             regularizer = type(jepa.regularizer).__name__
             ema = (hparams["ema_schedule"].start, hparams["ema_schedule"].end)
-            seen.add((masking, jepa.target_masking, regularizer, hparams["grid"].frames, ema))
+            frames = (hparams["grid"].frames, str(hparams["mixed_frames"]))
+            seen.add((masking, jepa.target_masking, regularizer, frames, ema))
             if keys.get("masking") == "multi-block":
                 assert masking == "MultiBlockMasking"
         counts[question] = len(seen)
-    assert counts == {"strategies": 12, "durations": 3, "ema": 15}
+    assert counts == {"strategies": 12, "durations": 4, "ema": 15}
