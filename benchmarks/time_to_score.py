@@ -44,6 +44,12 @@ RECIPES = {
     # features and read-out of the paper, with the regulariser and without
     "paper_regularized": (QUICKSTART, *PAPER_FEATURES, *PAPER_READ_OUT),
     "paper": (QUICKSTART, *PLAIN, *PAPER_FEATURES, *PAPER_READ_OUT),
+    "light_weight": (QUICKSTART, "--regularizer_weight", "0.05"),
+    "heavy_weight": (QUICKSTART, "--regularizer_weight", "0.8"),
+    "light_sigreg": (
+        *(QUICKSTART, "--regularizer"),
+        "!new:speechbrain_jepa.regularizers.SIGReg {weight: 0.02}",
+    ),
     "latent": (QUICKSTART, "--target_masking", "latent"),
     "all_target_layers": (QUICKSTART, "--target_layers", "all"),
     "many_masks": (
