@@ -27,8 +27,8 @@ from speechbrain_jepa.evaluation.comparison import (
     UNTRAINED,
     Comparison,
     Run,
+    clips_a_step,
     table_of,
-    training_of,
 )
 from speechbrain_jepa.files import write_text
 
@@ -90,8 +90,7 @@ def steps_a_minute(comparison: Comparison, recipe: str) -> float:
         run = Run("calibration", (*arguments_of(recipe), *limits.split()), 0, {"of": recipe})
         folder = comparison.train_only(run)
         metrics = pd.read_csv(folder / "metrics.csv")["train_clips_per_second"].dropna()
-        clips = int(training_of(folder)["global_batch"])
-        rates[recipe] = float(60 * metrics.iloc[1:].median() / clips)
+        rates[recipe] = float(60 * metrics.iloc[1:].median() / clips_a_step(folder))
         write_text(path, json.dumps(rates, indent=2))
     return rates[recipe]
 

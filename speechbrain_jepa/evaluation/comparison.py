@@ -305,15 +305,25 @@ def training_of(folder: str | Path) -> dict[str, str]:
     metrics = pd.read_csv(Path(folder) / "metrics.csv")
     train = metrics.dropna(subset=["train_clips_per_second"])
     steps = np.diff(train["step"], prepend=0)
-    config = (Path(folder) / "pretrained" / "config.json").read_text(encoding="utf-8")
-    global_batch = json.loads(config)["training"]["global_batch"]
-    seconds = (steps * global_batch / train["train_clips_per_second"]).sum()
+    seconds = (steps * clips_a_step(folder) / train["train_clips_per_second"]).sum()
     return {
         "steps": str(int(metrics["step"].max())),
-        "global_batch": str(global_batch),
+        "global_batch": str(_training_config(folder)["global_batch"]),
         "minutes_trained": f"{seconds / 60:.2f}",
         "rank": f"{metrics['valid_embedding_rank'].dropna().iloc[-1]:.0f}",
     }
+
+
+def clips_a_step(folder: str | Path) -> float:
+    """Crops of an optimiser step: the mean over the durations, where there are several."""
+    training = _training_config(folder)
+    frames = training.get("mixed_frames") or [1]
+    return float(np.mean([training["global_batch"] * max(frames) // own for own in frames]))
+
+
+def _training_config(folder: str | Path) -> dict:
+    config = (Path(folder) / "pretrained" / "config.json").read_text(encoding="utf-8")
+    return json.loads(config)["training"]
 
 
 def mean_and_deviation(values: Sequence[float]) -> str:

@@ -78,17 +78,19 @@ def test_a_run_is_a_row_once_and_a_failure_is_tried_again(
     assert first == second
 
 
-def test_minutes_of_training_are_those_of_the_rows_of_training(tmp_path):
+@pytest.mark.parametrize("mixed, clips", [("null", 32), ("[112, 208, 640]", (182 + 98 + 32) / 3)])
+def test_minutes_of_training_are_those_of_the_rows_of_training(tmp_path, mixed, clips):
     (tmp_path / "metrics.csv").write_text(
         "step,train_clips_per_second,valid_embedding_rank\n"
         "0,,20\n10,32,\n30,16,\n30,,25.4\n"  # 10 steps of 32 at 32 a second, 20 at 16
     )
-
     (tmp_path / "pretrained").mkdir()
-    (tmp_path / "pretrained" / "config.json").write_text('{"training": {"global_batch": 32}}')
+    (tmp_path / "pretrained" / "config.json").write_text(
+        f'{{"training": {{"global_batch": 32, "mixed_frames": {mixed}}}}}'
+    )
     trained = training_of(tmp_path)
     assert trained["steps"] == "30" and trained["rank"] == "25"
-    assert float(trained["minutes_trained"]) == pytest.approx((10 + 40) / 60, abs=0.01)
+    assert float(trained["minutes_trained"]) == pytest.approx((10 + 40) / 60 * clips / 32, abs=0.01)
 
 
 def test_label_sets_without_valid_rows_stop_before_training(tasks, tmp_path):
