@@ -31,10 +31,10 @@ SMALL = (
 
 
 def test_a_run_is_a_row_once_and_a_failure_is_tried_again(
-    tasks, tmp_path, audio_folder, capfd, monkeypatch
+    noise_tasks, tmp_path, audio_folder, capfd, monkeypatch
 ):
     monkeypatch.chdir(ROOT)
-    comparison = Comparison(tmp_path / "out", audio_folder, tasks, ROOT / "train.py")
+    comparison = Comparison(tmp_path / "out", audio_folder, noise_tasks, ROOT / "train.py")
     runs = [
         Run("small", SMALL, 3, {"minutes": "0.1"}),
         Run("broken", (*SMALL, "--loss", "!new:speechbrain_jepa.losses.NoSuchLoss"), 3),
@@ -93,9 +93,9 @@ def test_minutes_of_training_are_those_of_the_rows_of_training(tmp_path, mixed, 
     assert float(trained["minutes_trained"]) == pytest.approx((10 + 40) / 60 * clips / 32, abs=0.01)
 
 
-def test_label_sets_without_valid_rows_stop_before_training(tasks, tmp_path):
-    text = (tasks / "meta.csv").read_text().replace(",valid,", ",train,")
-    for file in tasks.glob("*.wav"):
+def test_label_sets_without_valid_rows_stop_before_training(noise_tasks, tmp_path):
+    text = (noise_tasks / "meta.csv").read_text().replace(",valid,", ",train,")
+    for file in noise_tasks.glob("*.wav"):
         (tmp_path / file.name).symlink_to(file)
     (tmp_path / "meta.csv").write_text(text)
     with pytest.raises(ValueError, match="has no valid rows"):
@@ -127,18 +127,18 @@ def test_a_table_averages_over_seeds_and_names_what_failed():
 
 
 def test_time_to_score_fits_steps_to_the_budget_and_draws(
-    tasks, tmp_path, audio_folder, capsys, monkeypatch
+    noise_tasks, tmp_path, audio_folder, capsys, monkeypatch
 ):
     script = load_script(ROOT / "benchmarks" / "time_to_score.py")
     monkeypatch.setitem(script.RECIPES, "small", SMALL[:-2])
     monkeypatch.setattr(script, "CALIBRATION_STEPS", 3)
     (tmp_path / "steps_a_minute.json").write_text('{"small": 30}')
-    arguments = f"--data_folder {audio_folder} --tasks_folder {tasks} --minutes 0.1 --seeds 0"
+    arguments = f"--data_folder {audio_folder} --tasks_folder {noise_tasks} --minutes 0.1 --seeds 0"
     script.main([*arguments.split(), "--recipes", "small", "--output_folder", str(tmp_path)])
     table = capsys.readouterr().out
     assert "| small | 0.1 | 1 | 0.0 | 100.0 | 100.0 |" in table
     assert "| log-mel statistics |  | 1 | 0.0 | 100.0 | 100.0 |" in table
-    rows = Comparison(tmp_path, audio_folder, tasks, ROOT / "train.py").rows
+    rows = Comparison(tmp_path, audio_folder, noise_tasks, ROOT / "train.py").rows
     assert [row["steps"] for row in rows if row["recipe"] == "small"] == ["3"]
     assert (tmp_path / "score_over_minutes.png").stat().st_size > 10_000
 

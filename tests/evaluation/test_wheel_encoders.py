@@ -18,13 +18,13 @@ def script():
 
 
 def test_untrained_encoders_are_read_out_as_ours_and_a_wheel_that_fails_is_a_row(
-    script, tasks, tmp_path, monkeypatch
+    script, noise_tasks, tmp_path, monkeypatch
 ):
     def no_network(wheel, folder):
         raise subprocess.CalledProcessError(1, "pip", stderr="collecting\nERROR: no network\n")
 
     monkeypatch.setattr(script, "make_environment", no_network)
-    script.main(f"{tasks} --work_folder {tmp_path} --wheels silero-vad --seeds 2".split())
+    script.main(f"{noise_tasks} --work_folder {tmp_path} --wheels silero-vad --seeds 2".split())
     _, _, *rows = (tmp_path / "table.md").read_text().splitlines()
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     assert [row[2] for row in cells[1:3]] == [str(AudioJEPA().embedding_dim)] * 2
