@@ -3,7 +3,6 @@
 RANK=0 LOCAL_RANK=0 python option_runs.py <folder> <folder of audio>
 """
 
-import importlib.util
 import os
 import sys
 from datetime import timedelta
@@ -11,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from scripts import load_script
 from speechbrain.utils.epoch_loop import EpochCounter
 from written_out import EPS, REPOSITORY, recipe_hparams
 
@@ -55,10 +55,7 @@ class Recorded(JEPABrain):
 
 def recipe():
     """train.py as a module."""
-    spec = importlib.util.spec_from_file_location("train", REPOSITORY / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(REPOSITORY / "train.py")
 
 
 def make_brain(folder, audio_folder, options, **run_opts):

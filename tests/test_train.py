@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import importlib.util
 import itertools
 import json
 import os
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from scripts import load_script
 
 from speechbrain_jepa.checkpointer import AtomicCheckpointer
 from speechbrain_jepa.data import SkippedFiles
@@ -141,10 +141,7 @@ def test_the_pretrained_folder_says_what_ran(finished):
 @pytest.fixture
 def recipe():
     """train.py as a module."""
-    spec = importlib.util.spec_from_file_location("train", TRAIN)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(Path(TRAIN))
 
 
 def settings(data, output, cache, **others):

@@ -116,6 +116,11 @@ class CropSampler(Sampler[list[Key]]):
         return np.concatenate([random.permutation(self.num_items) for _ in range(self.passes)])
 
 
+def mixed_batch_sizes(batch_size: int, frames: Sequence[int]) -> list[int]:
+    """Crops in a batch of each duration, as many tokens in all: `batch_size` of the longest."""
+    return [batch_size * max(frames) // own for own in frames]
+
+
 class MixedCropSampler(Sampler[list[Key]]):
     """Batches of several durations with as many tokens each, for one encoder of all of them.
 
@@ -151,7 +156,7 @@ class MixedCropSampler(Sampler[list[Key]]):
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: must be at least 1")
         self.frames = tuple(frames)
-        self.sizes = [batch_size * max(frames) // own for own in frames]
+        self.sizes = mixed_batch_sizes(batch_size, frames)
         self.rounds = CropSampler(num_items, sum(self.sizes), **sampling)
         self.set_epoch(0)
 

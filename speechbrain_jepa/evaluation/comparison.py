@@ -24,6 +24,7 @@ import pandas as pd
 import torch
 import yaml
 
+from speechbrain_jepa.data.sampler import mixed_batch_sizes
 from speechbrain_jepa.encoder import AudioJEPA
 from speechbrain_jepa.evaluation.logmel import logmel_statistics
 from speechbrain_jepa.evaluation.online_probe import embed_with
@@ -318,7 +319,7 @@ def clips_a_step(folder: str | Path) -> float:
     """Crops of an optimiser step: the mean over the durations, where there are several."""
     training = _training_config(folder)
     frames = training.get("mixed_frames") or [1]
-    return float(np.mean([training["global_batch"] * max(frames) // own for own in frames]))
+    return float(np.mean(mixed_batch_sizes(training["global_batch"], frames)))
 
 
 def _training_config(folder: str | Path) -> dict:

@@ -1,12 +1,12 @@
 """The comparison of read-outs: what each row is of."""
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from scripts import load_script
 
 from speechbrain_jepa import AudioJEPA
 from speechbrain_jepa.features import Normalization
@@ -17,10 +17,7 @@ SCRIPT = Path(__file__).parents[2] / "recipes" / "pretraining" / "probe_layers.p
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("probe_layers", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 @pytest.fixture(scope="module")
