@@ -22,6 +22,7 @@ from speechbrain_jepa.jepa import JEPA
 from speechbrain_jepa.losses import SmoothL1
 from speechbrain_jepa.masking import UnstructuredMasking, for_grid
 from speechbrain_jepa.optimizers import make_optimizer
+from speechbrain_jepa.regularizers import SIGReg, VarianceCovariance
 from speechbrain_jepa.vit import Encoder, PatchGrid, Predictor
 
 
@@ -52,6 +53,8 @@ OPTIONS = {
     "Muon": Option(muon=True),
     "background and gain": Option(augment=Augment(0.3, 6.0)),
     "n_fft 1024": Option(n_fft=1024),
+    "VarianceCovariance": Option({"regularizer": VarianceCovariance()}),
+    "SIGReg": Option({"regularizer": SIGReg()}),
 }
 
 

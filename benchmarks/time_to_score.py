@@ -4,8 +4,12 @@
         --minutes 2 5 15 60 --recipes quickstart plain
 
 A recipe is a name below, or a yaml. Its steps a minute are measured first, its schedule is fitted
-to each budget, and every run is a row of scores.csv, with the command that makes it again. Started
+to each budget, and every run is a row of scores.csv, with the command that trains it again. Started
 again, it goes on; a run that failed stays in the table. Recipes are chosen by the valid column.
+One row by itself, trained and scored, wherever it was measured:
+
+    python benchmarks/time_to_score.py --data_folder my_audio --tasks_folder my_tasks \
+        --minutes 2 --recipes latent --seeds 1 --steps_a_minute 380
 """
 
 import argparse
@@ -56,16 +60,26 @@ RECIPES = {
         *(QUICKSTART, "--target_masking", "latent", "--masks_per_clip", "4"),
         *("--batch_size", "8"),
     ),
+    "inverse_blocks": (
+        *(QUICKSTART, "--target_masking", "latent", "--masks_per_clip", "4", "--batch_size", "8"),
+        *("--target_share", "0.8", "--masking"),
+        "!new:speechbrain_jepa.inverse_blocks.InverseBlockMasking "
+        "{grid: !ref <grid>, target_share: !ref <target_share>, block: [2, 3]}",
+    ),
     "cross_attention": (QUICKSTART, "--predictor_cross_attention", "True"),
     "half_predicted": (QUICKSTART, "--predicted_share", "0.5"),
     "mixed_durations": (QUICKSTART, "--mixed_frames", "[96, 208]"),
     "muon": (QUICKSTART, "--muon", "True"),
     "augmented": (QUICKSTART, "--mix_background", "0.3", "--random_gain_db", "6"),
     "eight_layers": (QUICKSTART, "--encoder_depth", "8"),
+    "twice_as_wide": (QUICKSTART, "--encoder_dim", "384", "--encoder_heads", "6"),
     "narrow_patches": (QUICKSTART, "--patch_time", "8"),
     "eight_bands": (QUICKSTART, "--patch_frequency", "16"),
     "five_bands": (QUICKSTART, "--n_mels", "80", "--patch_frequency", "16"),
     "double_rate": (QUICKSTART, "--base_learning_rate", "0.016"),
+    # the learning rate follows the batch
+    "half_batch": (QUICKSTART, "--batch_size", "16"),
+    "double_batch": (QUICKSTART, "--batch_size", "64"),
 }
 CALIBRATION_STEPS = 60  # enough for three log intervals, of which the first is not used
 
@@ -102,7 +116,8 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
     figure = Figure(figsize=(6, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for name, style in ((LOG_MEL, ":"), (UNTRAINED, "--")):
+    lines = [name for name in table["recipe"].unique() if name.startswith((LOG_MEL, UNTRAINED))]
+    for name, style in zip(lines, (":", "--", "-.")):  # of untrained shapes the first two
         level = table.loc[table["recipe"] == name, "test"].mean()
         axes.axhline(level, color="grey", linestyle=style, label=f"{name} {level:.1f}")
     runs = table[table["minutes"].fillna("") != ""]
@@ -132,6 +147,9 @@ def main(arguments=None) -> None:
         help=f"yamls, or {', '.join(RECIPES)}",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument(
+        "--steps_a_minute", type=float, help="of every recipe, in place of measuring it"
+    )
     parser.add_argument("--output_folder", default="results/time_to_score")
     parser.add_argument("--overrides", nargs=argparse.REMAINDER, default=[], help="of every recipe")
     options = parser.parse_args(arguments)
@@ -141,21 +159,20 @@ def main(arguments=None) -> None:
     comparison = Comparison(
         options.output_folder, options.data_folder, options.tasks_folder, ROOT / "train.py"
     )
-    rows = []
+    runs, rows = [], []
     # one seed everywhere before the second, short budgets before long ones
     for seed in options.seeds:
         for minutes in sorted(options.minutes):
             for recipe in options.recipes:
-                steps = max(1, round(minutes * steps_a_minute(comparison, recipe)))
+                rate = options.steps_a_minute or steps_a_minute(comparison, recipe)
+                steps = max(1, round(minutes * rate))
                 limit = ("--optimizer_step_limit", str(steps), *options.overrides)
                 keys = {"minutes": f"{minutes:g}"}
-                run = Run(Path(recipe).stem, (*arguments_of(recipe), *limit), seed, keys)
-                rows += comparison.run([run])
-    done = [row for row in rows if row["status"] == DONE]
-    if done:
-        rows = (
-            comparison.baselines(comparison.output_folder / done[0]["folder"] / "pretrained") + rows
-        )
+                runs.append(Run(Path(recipe).stem, (*arguments_of(recipe), *limit), seed, keys))
+                rows += comparison.run(runs[-1:])
+    if any(row["status"] == DONE for row in rows):
+        like = {f"{UNTRAINED}, as {run.recipe}": run for run in comparison.shapes(runs)}
+        rows = comparison.baselines(like) + rows
         draw(rows, comparison.output_folder / "score_over_minutes.png")
     columns = [*SPLITS, *comparison.label_sets]
     table = table_of(rows, ["recipe", "minutes"], columns)

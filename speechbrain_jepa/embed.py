@@ -294,7 +294,11 @@ def main(arguments=None) -> None:
         "that comes with the package; may be left out where audio is a single file or folder",
     )
     add("audio", nargs="*", help="audio files, and folders to search")
-    add("--out", required=True, help="output file: .npz, .npy, .csv, .parquet")
+    add(
+        "--out",
+        help="output file: .npz, .npy, .csv, .parquet; without it the last of the names before "
+        "is the output, and .npz where it has no ending",
+    )
     add("--level", choices=LEVELS, default="clip", help="one embedding a file or a time step")
     add_read_out(parser, "as the encoder's config.json says; the last with --level frame")
     add("--step", type=float, help="seconds of a time step, finer than the encoder's own")
@@ -309,6 +313,8 @@ def main(arguments=None) -> None:
     add("--engine", choices=("process", "ray"), default="process", help="what embeds")
     add("--address", default="local", help="of the Ray cluster: auto, or host:port")
     options = parser.parse_args(arguments)
+    if options.out is None:
+        options.out = _output_at_the_end(parser, options.audio)
     if not options.audio:
         options.encoder, options.audio = None, [options.encoder]
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -329,6 +335,15 @@ def main(arguments=None) -> None:
     if len(skipped):
         print(f"{len(skipped)} files skipped, listed in {skipped.path}")
     print(spent.sentence())
+
+
+def _output_at_the_end(parser: argparse.ArgumentParser, audio: list[str]) -> str:
+    """Takes the output's name from the end of the audio's."""
+    if not audio or Path(audio[-1]).is_dir():
+        last = f" ({audio[-1]} is a folder)" if audio else ""
+        parser.error(f"where the embeddings go is missing{last}: add --out emb.npz")
+    out = Path(audio.pop())
+    return str(out if out.suffix else out.with_suffix(".npz"))
 
 
 def _check_engine(options, world: int) -> None:

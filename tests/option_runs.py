@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from ruamel.yaml import YAML
 from scripts import load_script
 from speechbrain.utils.epoch_loop import EpochCounter
 from written_out import EPS, REPOSITORY, recipe_hparams
@@ -26,7 +27,12 @@ OPTIONS = {
     "muon": {"muon": True},
     "augmentation": {"mix_background": 0.5, "random_gain_db": 6},
     "many masks": {"masks_per_clip": 3, "target_masking": "latent", "target_share": 0.8},
+    "inverse blocks": {"recipe": "inverse_blocks", "masks_per_clip": 3},
+    "VarianceCovariance": {"recipe": "quickstart"},
+    "SIGReg": {"regularizer": YAML().load("!new:speechbrain_jepa.regularizers.SIGReg {}")},
 }
+if not hasattr(torch.optim, "Muon"):
+    del OPTIONS["muon"]  # torch before 2.9
 SETTINGS = {
     **{"crop_frames": 64, "batch_size": CLIPS, "num_workers": 0, "number_of_epochs": 2},
     **{"norm_mean": -9.0, "norm_std": 4.0, "warmup_epochs": 1, "base_learning_rate": 0.05},
@@ -59,10 +65,10 @@ def recipe():
 
 
 def make_brain(folder, audio_folder, options, **run_opts):
-    """A brain of the recipe, and its loaders."""
+    """A brain of the recipe (the option `recipe`, default jepa_unstructured), and its loaders."""
     folder.mkdir(exist_ok=True)
     data = {"data_folder": str(audio_folder), **SETTINGS, **options}
-    hparams = recipe_hparams("jepa_unstructured", folder, **data)
+    hparams = recipe_hparams(data.pop("recipe", "jepa_unstructured"), folder, **data)
     hparams["normalization"].set(hparams["norm_mean"], hparams["norm_std"])
     brain = Recorded(
         hparams["modules"],

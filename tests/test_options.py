@@ -6,14 +6,25 @@ from dataclasses import replace
 import pytest
 import torch
 from option_runs import CLIPS, OPTIONS, STEPS, make_brain, split
-from written_out import run_two_ranks
+from written_out import recipe_hparams, run_two_ranks
 
 NAMES = ("step", "epoch", "train_loss", "train_learning_rate", "train_gradient_norm")
+OFF = {
+    **{"target_masking": "audio", "target_layers": "last", "regularizer": None},
+    **{"masks_per_clip": 1, "predicted_share": None, "predictor_cross_attention": False},
+    **{"mixed_frames": None, "mix_background": None, "random_gain_db": None, "muon": False},
+}
 
 
 def rows(folder):
     with open(folder / "metrics.csv", newline="") as file:
         return [[row[name] for name in NAMES] for row in csv.DictReader(file) if row["train_loss"]]
+
+
+@pytest.mark.parametrize("recipe", ["jepa_unstructured", "jepa_multiblock", "jepa_time"])
+def test_the_papers_recipes_have_all_options_off(recipe, tmp_path):
+    hparams = recipe_hparams(recipe, tmp_path)
+    assert {name: hparams[name] for name in OFF} == OFF
 
 
 @pytest.mark.parametrize("name", OPTIONS)

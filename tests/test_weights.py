@@ -7,6 +7,7 @@ import torch
 from speechbrain_jepa import AudioJEPA, checkpoints, embed, hear
 from speechbrain_jepa.checkpoints import packaged_encoders, save_pretrained
 from speechbrain_jepa.data import make_demo_corpus
+from speechbrain_jepa.embedded import read_embedded
 from speechbrain_jepa.features import Normalization
 from speechbrain_jepa.vit import Encoder, PatchGrid
 
@@ -36,7 +37,8 @@ def test_no_source_is_the_encoder_in_the_box(box):
 
 def test_s3prls_upstream_without_k_is_the_encoder_in_the_box(box):
     hubconf = pytest.importorskip("speechbrain_jepa.s3prl.hubconf")
-    for upstream in (hubconf.audio_jepa(), hubconf.audio_jepa("tiny")):
+    as_s3prl_calls = {"ckpt": None, "model_config": None, "refresh": False}
+    for upstream in (hubconf.audio_jepa(**as_s3prl_calls), hubconf.audio_jepa("tiny")):
         ours = upstream(list(noise()))["last_hidden_state"]
         torch.testing.assert_close(ours, AudioJEPA(box)(noise()))
 
@@ -48,6 +50,19 @@ def test_the_embed_command_takes_one_folder_without_an_encoder(box, audio_folder
     ours, theirs = (np.load(tmp_path / name) for name in ("ours.npy", "theirs.npy"))
     assert ours.shape == (24, 240)
     np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name, written", [("ours.npy", "ours.npy"), ("ours", "ours.npz")])
+def test_the_embed_command_takes_the_output_at_the_end(box, audio_folder, tmp_path, name, written):
+    embed.main([str(audio_folder), str(tmp_path / name), "--device", "cpu"])
+    assert read_embedded(tmp_path / written).vectors.shape == (24, 240)
+
+
+def test_the_embed_command_without_an_output(audio_folder, tmp_path, capsys):
+    for last, said in ((), "add --out"), ((str(tmp_path),), f"{tmp_path} is a folder"):
+        with pytest.raises(SystemExit):
+            embed.main([str(audio_folder), *last])
+        assert said in capsys.readouterr().err
 
 
 def test_a_folder_goes_before_an_encoder_of_its_name(box, tmp_path, monkeypatch):

@@ -3,7 +3,8 @@
     python recipes/pretraining/probe_layers.py results/tiny --tasks_folder my_tasks
 
 Takes what AudioJEPA takes, a run that is still going included. One row per read-out: a layer's mean
-over time, its mean and deviation, and all layers together.
+over time, its mean and deviation, and all layers together; beside log-mel statistics and untrained
+encoders of the same shape, which are read out as `embed` does. Choose with --split valid.
 """
 
 import argparse
@@ -11,6 +12,8 @@ import argparse
 import numpy as np
 
 from speechbrain_jepa import AudioJEPA
+from speechbrain_jepa.evaluation.comparison import LOG_MEL, UNTRAINED, untrained_like
+from speechbrain_jepa.evaluation.logmel import logmel_statistics
 from speechbrain_jepa.evaluation.online_probe import embed_with
 from speechbrain_jepa.evaluation.quick_probe import (
     embed_files,
@@ -40,14 +43,22 @@ def main(arguments=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("encoder", help="a pretrained folder, an experiment folder, a repo id")
     parser.add_argument("--tasks_folder", required=True, help="of meta.csv files")
+    parser.add_argument("--split", choices=("valid", "test"), default="test", help="to score on")
+    parser.add_argument("--seeds", type=int, default=3, help="of the untrained encoders")
     options = parser.parse_args(arguments)
     encoder = AudioJEPA(options.encoder, output_all_hiddens=True, pooling="mean_std")
     shape = (encoder.num_layers, 2, encoder.get_output_dim())
+    untrained = [untrained_like(AudioJEPA(options.encoder), seed) for seed in range(options.seeds)]
+    embedders = {
+        LOG_MEL: [logmel_statistics],
+        UNTRAINED: [embed_with(fresh) for fresh in untrained],
+        "all": [lambda wavs: statistics(encoder, wavs).reshape(len(wavs), -1)],
+    }
     label_sets = read_label_sets(options.tasks_folder)
-    embed = {"all": [lambda wavs: statistics(encoder, wavs).reshape(len(wavs), -1)]}
-    features, read = embed_files(files_used(label_sets), embed)
-    rows = read_outs(features["all"][0].reshape(len(read), *shape))
-    print(probe_table({name: [x] for name, x in rows.items()}, read, label_sets))
+    features, read = embed_files(files_used(label_sets, ("train", options.split)), embedders)
+    rows = read_outs(features.pop("all")[0].reshape(len(read), *shape))
+    features |= {name: [x] for name, x in rows.items()}
+    print(probe_table(features, read, label_sets, options.split))
 
 
 if __name__ == "__main__":

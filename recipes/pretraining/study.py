@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from speechbrain_jepa.evaluation.comparison import (
-    DONE,
     PAPER_FEATURES,
     PAPER_READ_OUT,
     SPLITS,
+    UNTRAINED,
     Comparison,
     Run,
     table_of,
@@ -102,19 +102,17 @@ def main(arguments=None) -> None:
     comparison = Comparison(
         options.output_folder, options.data_folder, options.tasks_folder, ROOT / "train.py"
     )
+    runs: list[Run] = []
     rows: dict[str, list] = {question: [] for question in options.questions}
     for seed in options.seeds:  # one seed everywhere before the second
         for question, found in rows.items():
             for keys, choices in QUESTIONS[question]():
                 limit = ("--optimizer_step_limit", str(options.steps), *options.overrides)
-                run = Run(question, (QUICKSTART, *PAPER, *choices, *limit), seed, keys)
-                found += comparison.run([run])
-    done = [row for found in rows.values() for row in found if row["status"] == DONE]
+                runs.append(Run(question, (QUICKSTART, *PAPER, *choices, *limit), seed, keys))
+                found += comparison.run(runs[-1:])
     columns = [*SPLITS, *comparison.label_sets]
-    text = ""
-    if done:
-        shape = comparison.output_folder / done[0]["folder"] / "pretrained"
-        text = table_of(comparison.baselines(shape), ["recipe"], columns) + "\n"
+    like = dict(zip((UNTRAINED,), comparison.shapes(runs)))  # the first of them
+    text = table_of(comparison.baselines(like), ["recipe"], columns) + "\n"
     for question, found in rows.items():
         by = list(next(QUESTIONS[question]())[0])
         text += f"\n## {question}\n\n{table_of(found, by, ['rank', *columns])}\n"

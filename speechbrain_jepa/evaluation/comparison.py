@@ -182,21 +182,54 @@ class Comparison:
                 wanted.append(row)
         return wanted
 
-    def baselines(self, like: str | Path, seeds: Sequence[int] = (0, 1, 2)) -> list[dict[str, str]]:
-        """Log-mel statistics, and untrained encoders of the shape of a pretrained folder."""
-        runs = [Run(LOG_MEL, ()), *(Run(UNTRAINED, (), seed) for seed in seeds)]
-        rows = []
+    def baselines(
+        self, like: Mapping[str, Run], seeds: Sequence[int] = (0, 1, 2)
+    ) -> list[dict[str, str]]:
+        """Log-mel statistics, and untrained encoders with the shape and read-out of runs.
+
+        Arguments
+        ---------
+        like : mapping of Run
+            Done runs, by what their untrained rows are to be called.
+        seeds : sequence of int
+            Of the initialisations.
+
+        Returns
+        -------
+        list of dict
+            These and all others that scores.csv holds.
+        """
+        wanted: list[tuple[Run, Run | None]] = [(Run(LOG_MEL, ()), None)]
+        wanted += [(Run(name, (), seed), run) for name, run in like.items() for seed in seeds]
         with folder_lock(self.output_folder, fix="wait for that comparison, or name another"):
-            for run in runs:
-                row = self._row_of(run)
-                if row is None:
+            for baseline, run in wanted:
+                if self._row_of(baseline) is None:
                     embed = logmel_statistics
-                    if run.recipe == UNTRAINED:
-                        embed = embed_with(untrained_like(AudioJEPA(like), run.seed))
-                    row = run.identity | {"status": DONE} | self.score(embed)
-                    self._add(run, row)
-                rows.append(row)
-        return rows
+                    if run is not None:
+                        encoder = AudioJEPA(self._trained(run), **run.read_out)
+                        embed = embed_with(untrained_like(encoder, baseline.seed))
+                    self._add(baseline, baseline.identity | {"status": DONE} | self.score(embed))
+        return [row for row in self.rows if row["recipe"].startswith((LOG_MEL, UNTRAINED))]
+
+    def shapes(self, runs: Iterable[Run]) -> list[Run]:
+        """The first done run of every encoder, features and read-out, where its folder is here."""
+        found: dict[str, Run] = {}
+        for run in runs:
+            folder = self._trained(run)
+            if folder is not None:
+                config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+                read_out = config.get("embedding", {}) | run.read_out
+                shape = json.dumps([config["encoder"], config["features"], read_out])
+                found.setdefault(shape, run)
+        return list(found.values())
+
+    def _trained(self, run: Run) -> Path | None:
+        """The pretrained folder of a done run, where it is here."""
+        row = self._row_of(run)
+        if row is None or row["status"] != DONE:
+            return None
+        folder = self.output_folder / row["folder"] / "pretrained"
+        return folder if folder.is_dir() else None
 
     def score(self, embed) -> dict[str, str]:
         """Average accuracy on valid and test, and the test accuracy of each label set, in %."""

@@ -197,15 +197,18 @@ def probe(train_x, train_y, test_x, test_y) -> float:
 
 @dataclass(frozen=True)
 class ProbeTable:
-    """Test accuracies and what they say.
+    """Accuracies and what they say.
 
     Arguments
     ---------
     accuracy : pandas.DataFrame
         In per cent. One row per features and seed (a two-level index), one column per label set.
+    split : str
+        Whose accuracy it is. Default "test".
     """
 
     accuracy: pd.DataFrame
+    split: str = "test"
 
     @property
     def with_average(self) -> pd.DataFrame:
@@ -243,7 +246,7 @@ class ProbeTable:
         }
         table = pd.DataFrame(cells, index=mean.index.rename(None))
         most = count.max()
-        title = "Linear probe, test accuracy in %"
+        title = f"Linear probe, {self.split} accuracy in %"
         if most > 1:
             title += f", mean ± deviation over {most} seeds"
         return f"{title}\n{table.to_string()}"
@@ -310,7 +313,7 @@ def probe_table(
             for seed, x in enumerate(seeds)
         }
     index = pd.MultiIndex.from_tuples(next(iter(accuracy.values())), names=["features", "seed"])
-    return ProbeTable(pd.DataFrame(accuracy, index=index))
+    return ProbeTable(pd.DataFrame(accuracy, index=index), split)
 
 
 def files_used(

@@ -20,15 +20,15 @@ __all__ = [
 ]
 
 
-def audio_jepa(ckpt=None, **options):
+def audio_jepa(ckpt=None, refresh=False, **options):
     """Any source: folder, file, URL, or Hugging Face repo id. None: the package's own encoder."""
     if ckpt is None:
         return _UpstreamExpert(None, **options)
     if is_url(ckpt):
-        return audio_jepa_url(ckpt, **options)
+        return audio_jepa_url(ckpt, refresh, **options)
     if Path(ckpt).expanduser().exists():
-        return audio_jepa_local(ckpt, **options)
-    return audio_jepa_hf(ckpt, **options)
+        return audio_jepa_local(ckpt, refresh, **options)
+    return audio_jepa_hf(ckpt, refresh, **options)
 
 
 def audio_jepa_20ms(ckpt=None, **options):

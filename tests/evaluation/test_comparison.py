@@ -1,6 +1,7 @@
 """Runs are trained, scored and kept; a failure is a row; a row can be had again by its command."""
 
 import csv
+import json
 import shlex
 import subprocess
 import sys
@@ -28,6 +29,7 @@ SMALL = (
     *("--predictor_dim", "24", "--predictor_depth", "1", "--batch_size", "4", "--norm_crops", "8"),
     *("--num_workers", "0", "--log_interval", "1", "--optimizer_step_limit", "2"),
 )
+READ_OUT = ("--embedding_layers", "last", "--embedding_pooling", "mean")
 
 
 def test_a_run_is_a_row_once_and_a_failure_is_tried_again(
@@ -58,7 +60,7 @@ def test_a_run_is_a_row_once_and_a_failure_is_tried_again(
     with pytest.raises(ZeroDivisionError):
         comparison.run([Run("other", SMALL, 4, {"duration": "2.1 s"})])
     # nor is one whose embedding is taken from elsewhere: it is scored anew
-    narrow = (*SMALL, "--embedding_layers", "last", "--embedding_pooling", "mean")
+    narrow = (*SMALL, *READ_OUT)
     scored = []
     monkeypatch.setattr(comparison, "score", lambda embed: scored.append(embed(noise).shape) or {})
     noise = [np.random.default_rng(0).normal(0, 0.1, 16_000).astype(np.float32)]
@@ -141,6 +143,36 @@ def test_time_to_score_fits_steps_to_the_budget_and_draws(
     rows = Comparison(tmp_path, audio_folder, noise_tasks, ROOT / "train.py").rows
     assert [row["steps"] for row in rows if row["recipe"] == "small"] == ["3"]
     assert (tmp_path / "score_over_minutes.png").stat().st_size > 10_000
+    assert "| untrained, as small |  | 3 | 0.0 ± 0.0 | 100.0 ± 0.0 |" in table
+    # a rate that is given is not measured; each shape and read-out has its untrained encoders
+    monkeypatch.setitem(script.RECIPES, "mean", (*SMALL[:-2], *READ_OUT))
+    options = ["--recipes", "small", "mean", "--output_folder", str(tmp_path)]
+    script.main([*arguments.split(), *options, "--steps_a_minute", "30"])
+    table = capsys.readouterr().out
+    assert [line.split(" |")[0] for line in table.splitlines()[2:]] == [
+        "| log-mel statistics",
+        "| untrained, as small",
+        "| untrained, as mean",
+        "| small",
+        "| mean",
+    ]
+    assert json.loads((tmp_path / "steps_a_minute.json").read_text()) == {"small": 30}
+
+
+def test_an_untrained_encoder_is_that_of_the_run_it_is_called_after(
+    noise_tasks, tmp_path, audio_folder, monkeypatch
+):
+    comparison = Comparison(tmp_path / "out", audio_folder, noise_tasks, ROOT / "train.py")
+    runs = [Run("small", SMALL), Run("same", SMALL, 1), Run("mean", (*SMALL, *READ_OUT))]
+    comparison.run(runs)
+    assert comparison.shapes(runs) == [runs[0], runs[2]]
+    scored = []
+    monkeypatch.setattr(comparison, "score", lambda embed: scored.append(embed(noise)) or {})
+    noise = [np.random.default_rng(0).normal(0, 0.1, 16_000).astype(np.float32)]
+    comparison.baselines({"all": runs[0], "mean only": runs[2]}, seeds=[5])
+    fresh = AudioJEPA(tmp_path / "out" / runs[0].folder / "pretrained")
+    np.testing.assert_array_equal(scored[1], embed_with(untrained_like(fresh, 5))(noise))
+    assert scored[1].shape == (1, 2 * 2 * 24 * 4) and scored[2].shape == (1, 24 * 4)
 
 
 SMALL_LINES = dict(zip((flag[2:] for flag in SMALL[1::2]), SMALL[2::2]))

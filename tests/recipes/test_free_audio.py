@@ -302,6 +302,21 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_files(
     assert 10**6 - left[0] < len(whole)  # what was done was not done again
 
 
+def test_a_folder_has_one_seed(small, tmp_path):
+    small(tmp_path / "a")
+    with pytest.raises(SystemExit, match="was begun with --seed 0, not 1"):
+        small(tmp_path / "a", "--seed", "1")
+
+
+def test_more_hours_later_are_what_they_would_have_been_at_once(small, tmp_path):
+    """Mixtures too, which are drawn from all the rest."""
+    less = small(tmp_path / "a")
+    more = small(tmp_path / "a", "--scale", "2")
+    assert more == small(tmp_path / "b", "--scale", "2")
+    changed = {name.split("/")[1] for name in less if less[name] != more[name]}
+    assert len(more) > len(less) and changed == {"mixtures"}
+
+
 def test_missing_tools_and_packages_are_named_with_the_fix(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(corpus.shutil, "which", lambda tool: None)
     with pytest.raises(SystemExit, match="apt-get install fluidsynth espeak-ng"):

@@ -40,18 +40,25 @@ def test_statistics_are_those_of_each_clip_alone(script, source):
         np.testing.assert_allclose(rows[-1, 1], steps.std(0), atol=1e-5)
 
 
-def test_every_read_out_is_a_row_of_the_table(script, source, tmp_path, capsys):
+@pytest.mark.parametrize("split", ["test", "valid"])
+def test_every_read_out_is_a_row_of_the_table(script, source, tmp_path, capsys, split):
     AudioJEPA(source).save_pretrained(tmp_path / "encoder")
     rows = ["file,split,label"]
-    for number in range(12):
+    for number in range(16):
         tone = np.sin(np.arange(8_000) * (0.1 if number % 2 else 0.7)) * 0.3
         soundfile.write(tmp_path / f"{number}.wav", tone, 16_000)
-        split = "test" if number > 7 else "train"
-        rows.append(f"{number}.wav,{split},{'low' if number % 2 else 'high'}")
+        part = "train" if number < 8 else "test" if number < 12 else "valid"
+        # tones that a linear probe tells apart, in valid by the wrong names
+        names = ("high", "low") if part == "valid" else ("low", "high")
+        rows.append(f"{number}.wav,{part},{names[number % 2]}")
     (tmp_path / "meta.csv").write_text("\n".join(rows))
-    script.main([str(tmp_path / "encoder"), "--tasks_folder", str(tmp_path)])
-    table = capsys.readouterr().out
-    assert [line.split("  ")[0] for line in table.splitlines()[2:]] == [
+    options = ("--tasks_folder", str(tmp_path), "--split", split, "--seeds", "2")
+    script.main([str(tmp_path / "encoder"), *options])
+    title, _, *table = capsys.readouterr().out.splitlines()
+    assert title == f"Linear probe, {split} accuracy in %, mean ± deviation over 2 seeds"
+    assert [line.split("  ")[0] for line in table] == [
+        "log-mel statistics",
+        "untrained",
         "layer 0, mean",
         "layer 1, mean",
         "layer 2, mean",
@@ -59,4 +66,6 @@ def test_every_read_out_is_a_row_of_the_table(script, source, tmp_path, capsys):
         "all layers, mean",
         "all layers, mean and deviation",
     ]
-    assert table.count("100.0") == 12  # tones a linear probe tells apart, and the average
+    expected = "100.0" if split == "test" else "0.0"
+    assert all(line.replace("± 0.0", "").split()[-2:] == [expected] * 2 for line in table)
+    assert table[1].count("± 0.0") == 2

@@ -125,6 +125,12 @@ def test_through_the_launcher(launch, arguments, check, tmp_path):
     check("launcher", trained, evaluated)
 
 
+def test_without_k_on_the_encoder_that_comes_along(launch, arguments, tmp_path):
+    at = arguments.index("-k")
+    trained = launch("run_downstream.py", *arguments[:at], *arguments[at + 2 :], cwd=tmp_path)
+    assert min(printed_accuracy(trained, split) for split in ("dev", "test")) > 2 * CHANCE
+
+
 def test_enabled_and_fine_tuned(environment, arguments, check, s3prl_folder, tmp_path):
     """Plain python on s3prl's own script, which also trains the encoder (-f) and saves it."""
     script = s3prl_folder / "run_downstream.py"

@@ -6,7 +6,8 @@ Needs Debian 12 (or a container of it) with `apt-get install fluidsynth espeak-n
 packages are downloaded by name with `apt-get download`, unless --packages holds them, and are not
 installed. Writes pieces of up to 10 s, mono 16 kHz FLAC, as <output>/audio/<domain>/...,
 `files.csv` (which piece came from which package) and `packages.md` (package, licence, hours).
-Killed and started again, it goes on with the piece of work it was in.
+Killed and started again, it goes on with the piece of work it was in; with a larger --scale it adds
+to what is there, and mixes anew. A folder has one seed.
 """
 
 import argparse
@@ -371,6 +372,25 @@ def table(rows: list[list[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def check_seed(output: Path, seed: int) -> None:
+    """A folder's pieces are all of one seed."""
+    path = output / "seed.txt"
+    begun = path.read_text(encoding="utf-8").strip() if path.exists() else str(seed)
+    if begun != str(seed):
+        raise SystemExit(
+            f"{output} was begun with --seed {begun}, not {seed}: give another output folder"
+        )
+    write_text(path, f"{seed}\n")
+
+
+def forget_mixtures_of_less(output: Path, jobs: list[Job]) -> None:
+    """Mixtures are drawn from all other pieces: where some of these are to come, they go."""
+    if all((output / "jobs" / f"{job.name}.csv").exists() for job in jobs):
+        return
+    for path in sorted((output / "jobs").glob("mixture_*.csv")):
+        path.unlink()
+
+
 def parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("output", type=Path, help="the corpus; some 3 GB")
@@ -390,13 +410,16 @@ def main(arguments=None) -> None:
     packages = (options.packages or output / "packages").resolve()
     packages.mkdir(parents=True, exist_ok=True)
     with folder_lock(output, "give another output folder, or wait for it"):
+        check_seed(output, options.seed)
         unpacked = output / "unpacked"
         unpacked.mkdir(exist_ok=True)
         folders = {name: unpack(name, packages, unpacked) for name in PACKAGES}
         check_held_out(folders)
         hours = {kind: hours * options.scale for kind, hours in RENDERED_HOURS.items()}
         settings = (output, options.seed, options.workers)
-        run(recorded_jobs(folders) + rendered_jobs(folders, hours), *settings, "recorded, rendered")
+        jobs = recorded_jobs(folders) + rendered_jobs(folders, hours)
+        forget_mixtures_of_less(output, jobs)
+        run(jobs, *settings, "recorded, rendered")
         run(mixture_jobs(output, hours["mixtures"]), *settings, "mixtures")
         rows = rows_of(output)
         with whole_file(output / "files.csv") as path, open(path, "w", newline="") as file:
