@@ -24,7 +24,7 @@ from xares.task import TaskConfig
 
 def tones_config(encoder):
     return TaskConfig(
-        encoder=encoder, name="tones", output_dim=2, epochs=30, eval_weight=8, batch_size_train=8,
+        encoder=encoder, name="tones", output_dim=2, epochs=120, eval_weight=8, batch_size_train=8,
         label_processor=lambda labels: ["low", "high"].index(labels["label"]),
     )
 """
