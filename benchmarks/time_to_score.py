@@ -24,7 +24,6 @@ from matplotlib.figure import Figure
 
 from speechbrain_jepa.evaluation.comparison import (
     DONE,
-    LOG_MEL,
     PAPER_FEATURES,
     PAPER_READ_OUT,
     SPLITS,
@@ -34,11 +33,13 @@ from speechbrain_jepa.evaluation.comparison import (
     clips_a_step,
     table_of,
 )
+from speechbrain_jepa.evaluation.logmel import LOG_MEL
 from speechbrain_jepa.files import write_text
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "hparams" / "quickstart.yaml")
 PLAIN = ("--regularizer", "null")
+MANY_MASKS = ("--target_masking", "latent", "--masks_per_clip", "4", "--batch_size", "8")
 RECIPES = {
     "quickstart": (QUICKSTART,),
     "plain": (QUICKSTART, *PLAIN),
@@ -56,13 +57,9 @@ RECIPES = {
     ),
     "latent": (QUICKSTART, "--target_masking", "latent"),
     "all_target_layers": (QUICKSTART, "--target_layers", "all"),
-    "many_masks": (
-        *(QUICKSTART, "--target_masking", "latent", "--masks_per_clip", "4"),
-        *("--batch_size", "8"),
-    ),
+    "many_masks": (QUICKSTART, *MANY_MASKS),
     "inverse_blocks": (
-        *(QUICKSTART, "--target_masking", "latent", "--masks_per_clip", "4", "--batch_size", "8"),
-        *("--target_share", "0.8", "--masking"),
+        *(QUICKSTART, *MANY_MASKS, "--target_share", "0.8", "--masking"),
         "!new:speechbrain_jepa.inverse_blocks.InverseBlockMasking "
         "{grid: !ref <grid>, target_share: !ref <target_share>, block: [2, 3]}",
     ),

@@ -12,8 +12,8 @@ import argparse
 import numpy as np
 
 from speechbrain_jepa import AudioJEPA
-from speechbrain_jepa.evaluation.comparison import LOG_MEL, UNTRAINED, untrained_like
-from speechbrain_jepa.evaluation.logmel import logmel_statistics
+from speechbrain_jepa.evaluation.comparison import UNTRAINED, untrained_like
+from speechbrain_jepa.evaluation.logmel import LOG_MEL, logmel_statistics
 from speechbrain_jepa.evaluation.online_probe import embed_with
 from speechbrain_jepa.evaluation.quick_probe import (
     embed_files,

@@ -111,7 +111,8 @@ def main(arguments=None) -> None:
                 runs.append(Run(question, (QUICKSTART, *PAPER, *choices, *limit), seed, keys))
                 found += comparison.run(runs[-1:])
     columns = [*SPLITS, *comparison.label_sets]
-    like = dict(zip((UNTRAINED,), comparison.shapes(runs)))  # the first of them
+    shapes = comparison.shapes(runs)
+    like = {UNTRAINED: shapes[0]} if shapes else {}
     text = table_of(comparison.baselines(like), ["recipe"], columns) + "\n"
     for question, found in rows.items():
         by = list(next(QUESTIONS[question]())[0])

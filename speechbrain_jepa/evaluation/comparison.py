@@ -26,7 +26,7 @@ import yaml
 
 from speechbrain_jepa.data.sampler import mixed_batch_sizes
 from speechbrain_jepa.encoder import AudioJEPA
-from speechbrain_jepa.evaluation.logmel import logmel_statistics
+from speechbrain_jepa.evaluation.logmel import LOG_MEL, logmel_statistics
 from speechbrain_jepa.evaluation.online_probe import embed_with
 from speechbrain_jepa.evaluation.quick_probe import (
     embed_files,
@@ -40,7 +40,6 @@ from speechbrain_jepa.vit import Encoder
 logger = logging.getLogger(__name__)
 
 SPLITS = ("valid", "test")
-LOG_MEL = "log-mel statistics"
 UNTRAINED = "untrained"
 DONE = "done"
 # what the paper has otherwise than the quickstart, as told to train.py
@@ -206,7 +205,7 @@ class Comparison:
                 if self._row_of(baseline) is None:
                     embed = logmel_statistics
                     if run is not None:
-                        encoder = AudioJEPA(self._trained(run), **run.read_out)
+                        encoder = AudioJEPA(self._trained(self._row_of(run)), **run.read_out)
                         embed = embed_with(untrained_like(encoder, baseline.seed))
                     self._add(baseline, baseline.identity | {"status": DONE} | self.score(embed))
         return [row for row in self.rows if row["recipe"].startswith((LOG_MEL, UNTRAINED))]
@@ -215,17 +214,16 @@ class Comparison:
         """The first done run of every encoder, features and read-out, where its folder is here."""
         found: dict[str, Run] = {}
         for run in runs:
-            folder = self._trained(run)
+            folder = self._trained(self._row_of(run))
             if folder is not None:
-                config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+                config = _config_of(folder)
                 read_out = config.get("embedding", {}) | run.read_out
                 shape = json.dumps([config["encoder"], config["features"], read_out])
                 found.setdefault(shape, run)
         return list(found.values())
 
-    def _trained(self, run: Run) -> Path | None:
-        """The pretrained folder of a done run, where it is here."""
-        row = self._row_of(run)
+    def _trained(self, row: Mapping[str, str] | None) -> Path | None:
+        """The pretrained folder of a done row, where it is here."""
         if row is None or row["status"] != DONE:
             return None
         folder = self.output_folder / row["folder"] / "pretrained"
@@ -258,10 +256,8 @@ class Comparison:
     def _other_read_out(self, run: Run) -> dict[str, str] | None:
         """What a row has trained, read out as this run says."""
         row = self._same_training(run.training) if run.read_out else None
-        if row is None:
-            return None
-        trained = self.output_folder / row["folder"] / "pretrained"
-        if not trained.is_dir():
+        trained = self._trained(row)
+        if row is None or trained is None:
             return None
         logger.info("reading %s out as %s", row["folder"], run.identity)
         scores = self.score(embed_with(AudioJEPA(trained, **run.read_out)))
@@ -342,7 +338,7 @@ def training_of(folder: str | Path) -> dict[str, str]:
     seconds = (steps * clips_a_step(folder) / train["train_clips_per_second"]).sum()
     return {
         "steps": str(int(metrics["step"].max())),
-        "global_batch": str(_training_config(folder)["global_batch"]),
+        "global_batch": str(_config_of(Path(folder) / "pretrained")["training"]["global_batch"]),
         "minutes_trained": f"{seconds / 60:.2f}",
         "rank": f"{metrics['valid_embedding_rank'].dropna().iloc[-1]:.0f}",
     }
@@ -350,14 +346,13 @@ def training_of(folder: str | Path) -> dict[str, str]:
 
 def clips_a_step(folder: str | Path) -> float:
     """Crops of an optimiser step: the mean over the durations, where there are several."""
-    training = _training_config(folder)
+    training = _config_of(Path(folder) / "pretrained")["training"]
     frames = training.get("mixed_frames") or [1]
     return float(np.mean(mixed_batch_sizes(training["global_batch"], frames)))
 
 
-def _training_config(folder: str | Path) -> dict:
-    config = (Path(folder) / "pretrained" / "config.json").read_text(encoding="utf-8")
-    return json.loads(config)["training"]
+def _config_of(pretrained: Path) -> dict:
+    return json.loads((pretrained / "config.json").read_text(encoding="utf-8"))
 
 
 def mean_and_deviation(values: Sequence[float]) -> str:

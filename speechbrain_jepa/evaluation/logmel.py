@@ -7,6 +7,8 @@ import torch
 
 from speechbrain_jepa.features import LogMelSpectrogram
 
+LOG_MEL = "log-mel statistics"  # what tables call it
+
 
 @torch.inference_mode()
 def logmel_statistics(

@@ -17,7 +17,7 @@ from speechbrain_jepa.data.clips import read_audio
 from speechbrain_jepa.data.crops import UnreadableAudio
 from speechbrain_jepa.evaluation.labelled import LabelledClips, read_labelled
 from speechbrain_jepa.evaluation.linear_probe.logistic import regress, rotated
-from speechbrain_jepa.evaluation.logmel import logmel_statistics
+from speechbrain_jepa.evaluation.logmel import LOG_MEL, logmel_statistics
 from speechbrain_jepa.features import N_FFT, SAMPLE_RATE
 
 logger = logging.getLogger(__name__)
@@ -340,5 +340,5 @@ def quick_probe(folder, embedders: Mapping[str, Sequence[Embed]]) -> ProbeTable:
     """
     label_sets = read_label_sets(folder)
     files = files_used(label_sets)
-    features, read = embed_files(files, {"log-mel statistics": [logmel_statistics], **embedders})
+    features, read = embed_files(files, {LOG_MEL: [logmel_statistics], **embedders})
     return probe_table(features, read, label_sets)

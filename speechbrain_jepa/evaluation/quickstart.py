@@ -10,6 +10,7 @@ import torch
 from speechbrain_jepa.data import CropDataset, make_demo_corpus
 from speechbrain_jepa.encoder import AudioJEPA
 from speechbrain_jepa.evaluation.comparison import untrained_like
+from speechbrain_jepa.evaluation.logmel import LOG_MEL
 from speechbrain_jepa.evaluation.online_probe import embed_with
 from speechbrain_jepa.evaluation.pictures import draw_curves, draw_masks
 from speechbrain_jepa.evaluation.quick_probe import ProbeTable, quick_probe
@@ -111,8 +112,8 @@ def join(tables: Sequence[str | Path]) -> ProbeTable:
     """The `probe.csv` of several runs as one table: each run's encoders are further seeds."""
     frames = [pd.read_csv(table, index_col=["features", "seed"]) for table in tables]
     joined = pd.concat(frames)
-    deterministic = joined.xs("log-mel statistics", drop_level=False).iloc[:1]
-    seeds = joined.drop("log-mel statistics").reset_index("seed", drop=True)
+    deterministic = joined.xs(LOG_MEL, drop_level=False).iloc[:1]
+    seeds = joined.drop(LOG_MEL).reset_index("seed", drop=True)
     numbers = seeds.groupby(level=0).cumcount()
     seeds.index = pd.MultiIndex.from_arrays([seeds.index, numbers], names=["features", "seed"])
     return ProbeTable(pd.concat([deterministic, seeds.sort_index(ascending=[False, True])]))

@@ -238,9 +238,14 @@ def mixtures(rng, pieces: dict[str, list[Path]]):
         yield render.mixture(rng, [soundfile.read(path, dtype="float32")[0] for path in chosen])
 
 
+def written(job: Job, output: Path) -> Path:
+    """What a job has made; the file is there when it is done."""
+    return output / "jobs" / f"{job.name}.csv"
+
+
 def do(job: Job, output: Path, seed: int) -> None:
     """Make a job's pieces, and write down that it is done."""
-    done = output / "jobs" / f"{job.name}.csv"
+    done = written(job, output)
     if done.exists():
         return
     torch.set_num_threads(1)
@@ -335,7 +340,7 @@ def run(jobs: list[Job], output: Path, seed: int, workers: int, title: str) -> N
     (output / "jobs").mkdir(exist_ok=True)
     for domain in {job.domain for job in jobs}:
         (output / "audio" / domain).mkdir(parents=True, exist_ok=True)
-    left = [job for job in jobs if not (output / "jobs" / f"{job.name}.csv").exists()]
+    left = [job for job in jobs if not written(job, output).exists()]
     left.sort(key=lambda job: zlib.crc32(job.name.encode()))  # a mixed order: times can be foretold
     work = partial(do, output=output, seed=seed)
     with tqdm(total=len(left), desc=title, disable=None) as bar:
@@ -385,7 +390,7 @@ def check_seed(output: Path, seed: int) -> None:
 
 def forget_mixtures_of_less(output: Path, jobs: list[Job]) -> None:
     """Mixtures are drawn from all other pieces: where some of these are to come, they go."""
-    if all((output / "jobs" / f"{job.name}.csv").exists() for job in jobs):
+    if all(written(job, output).exists() for job in jobs):
         return
     for path in sorted((output / "jobs").glob("mixture_*.csv")):
         path.unlink()
